@@ -1,0 +1,245 @@
+"""Self-distillation fine-tuning (SDFT), the method of "Self-Distillation Enables Continual Learning", arXiv 2601.19897.
+
+One model plays two roles on the same prompt x:
+
+    student  π_θ(·|x)     sees the prompt
+    teacher  π_φ(·|x, c)  sees the prompt and c, an expert's demonstration for it; φ is an EMA of θ
+
+Algorithm 1, with the numbers that the comments below refer to:
+
+    1  take a minibatch of prompts and demonstrations (x, c)
+    2  roll out one response y ~ π_θ(·|x) from the student
+    3  score the same y under both: π_θ(·|x, y<t) and π_φ(·|x, c, y<t) for every token t of y
+    4  L(θ) = 1/|y| Σ_t KL(π_θ(·|x, y<t) ‖ π_φ(·|x, c, y<t))                        Eq. (1), gradients through θ only
+    5  a step of the optimiser on θ, then φ ← α θ + (1 - α) φ
+
+Left out on purpose: more than one rollout per prompt and the sampled-token estimator of the KL (the paper finds that
+neither helps), importance weights for stale samples (every sample here is fresh), any reward, critic or generation server.
+
+    symbol            shape      meaning
+    prompts           B lists    token ids of the student's contexts, of any lengths
+    teacher_prompts   B lists    token ids of the teacher's contexts
+    completions       (B, C)     the student's responses, one row each, columns after the end are filler
+    mask              (B, C)     True for completion tokens up to and including the first end-of-sequence token
+    logits            (B, C, V)  position t predicts completion token t
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from model import KVCache
+
+# --- Contexts -------------------------------------------------------------------------------------------------------
+
+
+def student_context(prompt):
+    """What the student reads: the prompt and nothing else."""
+    return prompt
+
+
+def teacher_context(prompt, demonstration, context=None):
+    """What the teacher reads, in the paper's words (Section 3): the question, an example of a response, a request.
+
+    `context` is a text to put before the question, an article for knowledge acquisition, say.
+    """
+    article = f"{context}\n\n" if context else ""
+    return (
+        f"{article}{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+        "Now answer with a response of your own, including the thinking process:\n"
+    )
+
+
+# --- Rollout and scoring --------------------------------------------------------------------------------------------
+
+
+def pad_left(prompts, device):
+    """Token ids (B, P) and the padding of each row (B,), or None where no row needs any. Prompts end in the same column."""
+    if len(prompts) == 0 or min(len(p) for p in prompts) == 0:
+        raise ValueError("a batch needs at least one prompt and every prompt at least one token; remove the empty ones")
+    P = max(len(p) for p in prompts)
+    pad = [P - len(p) for p in prompts]
+    idx = torch.tensor([[0] * n + list(p) for n, p in zip(pad, prompts)], device=device)
+    return idx, torch.tensor(pad, device=device) if any(pad) else None
+
+
+@torch.no_grad()
+def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
+    """The model's responses: completions (B, C) and mask (B, C), C <= max_new_tokens. Alg. 1, step 2.
+
+    prompts      B lists of token ids, of any lengths
+    temperature  of the sampling; 0 takes the likeliest token
+    generator    torch.Generator on the model's device; the same seed and prompts give the same responses
+
+    A row ends with its first eos_id, which belongs to the response; the rest of the row is eos_id and masked.
+    """
+    device = model.wte.weight.device
+    idx, pad = pad_left(prompts, device)
+    B, P = idx.shape
+    if P + max_new_tokens > model.config.block_size:
+        raise ValueError(
+            f"a prompt of {P} tokens and max_new_tokens={max_new_tokens} exceed block_size={model.config.block_size}; "
+            "shorten either"
+        )
+    cache = KVCache(model, B, P + max_new_tokens - 1)
+    completions = torch.full((B, max_new_tokens), eos_id, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    running = torch.ones(B, dtype=torch.bool, device=device)
+    for c in range(max_new_tokens):
+        # the whole prompt once, then one token at a time; only the last position is projected on the vocabulary
+        logits = model.head(model.hidden(idx, pad, cache)[:, -1]).float()  # (B, V)
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        completions[:, c] = token.where(running, eos_id)
+        mask[:, c] = running
+        running = running & (token != eos_id)
+        if not running.any():
+            break
+        idx = completions[:, c : c + 1]  # (B, 1)
+    return completions[:, : c + 1], mask[:, : c + 1]
+
+
+def completion_logits(model, prompts, completions):
+    """Logits (B, C, V) of the model on completions (B, C) after its own prompts. Alg. 1, step 3.
+
+    The prompts of student and teacher differ in length; padded on the left, both end in the column before the completion,
+    so that column t of the result predicts completion token t in either role.
+    """
+    idx, pad = pad_left(prompts, completions.device)
+    idx = torch.cat([idx, completions[:, :-1]], 1)  # (B, P + C - 1); what follows the last token is not scored
+    return model.head(model.hidden(idx, pad)[:, -completions.size(1) :])
+
+
+# --- Loss -----------------------------------------------------------------------------------------------------------
+
+
+def sdft_loss(student_logits, teacher_logits, mask, kl="reverse", reduction="sequence"):
+    """Per-token KL between student and teacher over the whole vocabulary, on the student's own tokens. Eq. (1).
+
+    student_logits  (B, C, V)  position t predicts completion token t; finite; carries the gradient
+    teacher_logits  (B, C, V)  on the same tokens; never receives a gradient
+    mask            (B, C)     1 for completion tokens up to and including the first end token, 0 for the rest
+    kl              "reverse"  KL(student ‖ teacher), Eq. (1)
+                    "forward"  KL(teacher ‖ student), what the paper's experiments ran (official repository, issue 5)
+                    "jsd"      Jensen-Shannon divergence, the mean of both to their mixture (GKD, arXiv 2306.13649)
+    reduction       "sequence" mean over a row's tokens, then over all rows, as in Eq. (1) and the released code
+                    "token"    one mean over all tokens
+
+    Returns the loss in nats (a scalar, float32 or better) and info: {"kl": (B, C)}, the detached KL of every token, 0 where
+    masked. A row without a token counts as 0; a batch without one has loss 0 and gradient 0.
+    """
+    if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != mask.shape or mask.dim() != 2:
+        raise ValueError(
+            f"shapes do not match: student_logits {tuple(student_logits.shape)} and teacher_logits "
+            f"{tuple(teacher_logits.shape)} must be (B, C, V), mask {tuple(mask.shape)} must be (B, C)"
+        )
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits.to(dtype), -1)  # (B, C, V), student
+    log_q = F.log_softmax(teacher_logits.detach().to(dtype), -1)  # (B, C, V), teacher
+    p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
+
+    # Σ(q - p) is 0; with it every term is >= 0 and the gradient at p = q is 0 to the last bit, not to rounding
+    if kl == "reverse":
+        per_token = (p * log_ratio + q - p).sum(-1)  # (B, C), Σ_v p log(p/q): Eq. (1)
+    elif kl == "forward":
+        per_token = (p - q - q * log_ratio).sum(-1)  # (B, C), Σ_v q log(q/p)
+    elif kl == "jsd":  # with m = (p + q)/2: log p/m = log 2 - softplus(log q/p)
+        p_to_m = math.log(2) - F.softplus(-log_ratio, threshold=40)
+        q_to_m = math.log(2) - F.softplus(log_ratio, threshold=40)
+        per_token = (p * p_to_m + q * q_to_m).sum(-1) / 2  # (B, C)
+    else:
+        raise ValueError(f"kl={kl!r} is unknown; use 'reverse', 'forward' or 'jsd'")
+
+    mask = mask.to(dtype)
+    per_token = per_token * mask
+    if reduction == "sequence":
+        loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    elif reduction == "token":
+        loss = per_token.sum() / mask.sum().clamp(min=1)
+    else:
+        raise ValueError(f"reduction={reduction!r} is unknown; use 'sequence' or 'token'")
+    return loss, {"kl": per_token.detach()}
+
+
+def sft_loss(logits, tokens, mask):
+    """What SDFT is compared with: cross entropy of an expert's tokens (B, C) under logits (B, C, V), in nats per token,
+    mean over a row's tokens, then over rows. Off-policy: the tokens are not the student's."""
+    nll = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none") * mask  # (B, C)
+    return (nll.sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# --- Teacher and training step --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ema_update(teacher, student, alpha):
+    """φ ← α θ + (1 - α) φ, in place, for parameters and buffers. Alg. 1, step 5.
+
+    alpha 0 keeps a frozen teacher, alpha 1 makes it the live student. Integer buffers are copied.
+    """
+    for t, s in zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()], strict=True):
+        if not t.is_floating_point():
+            t.copy_(s)
+        elif t.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"the teacher's weights are {t.dtype}, where an EMA loses small updates; keep it in float32")
+        else:
+            t.lerp_(s.to(t.dtype), alpha)
+
+
+def update(model, optimizer, loss, clip=1.0):
+    """One optimiser step on a loss whose gradients are in place; refuses anything that is not finite, weights untouched."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not math.isfinite(loss) or not torch.isfinite(norm):
+        raise FloatingPointError(f"loss is {loss}, gradient norm {norm.item()}: not finite; lower the learning rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train_step(
+    student,
+    teacher,
+    optimizer,
+    prompts,
+    teacher_prompts,
+    max_new_tokens,
+    eos_id,
+    *,
+    kl="reverse",
+    reduction="sequence",
+    alpha=0.02,
+    temperature=1.0,
+    clip=1.0,
+    skip_tokens=0,
+    micro_batch=None,
+    generator=None,
+):
+    """Algorithm 1 on one minibatch (step 1 is the caller's). Returns the loss in nats (float) and info: "completions" and
+    "mask" (B, C), what the student said; "kl" (B, C) per token in nats.
+
+    alpha        EMA rate of the teacher: 0 frozen, 1 live
+    skip_tokens  completion tokens at the start that carry no loss; the released code has 3, against students that learn
+                 to write "Based on the example"
+    micro_batch  rows scored at a time; fewer save memory and change nothing else
+    """
+    completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)  # Alg. 1, step 2
+    mask[:, :skip_tokens] = False
+
+    B, total, kls = len(prompts), 0.0, []
+    for i in range(0, B, micro_batch or B):
+        rows = slice(i, i + (micro_batch or B))
+        student_logits = completion_logits(student, prompts[rows], completions[rows])  # (b, C, V), Alg. 1, step 3
+        with torch.no_grad():
+            teacher_logits = completion_logits(teacher, teacher_prompts[rows], completions[rows])  # (b, C, V)
+
+        loss, info = sdft_loss(student_logits, teacher_logits, mask[rows], kl, reduction)  # Alg. 1, step 4: Eq. (1)
+        share = len(mask[rows]) / B if reduction == "sequence" else (mask[rows].sum() / mask.sum().clamp(min=1)).item()
+        (loss * share).backward()  # the micro-batches add up to the gradient of the whole batch
+        total += loss.item() * share
+        kls.append(info["kl"])
+
+    update(student, optimizer, total, clip)  # Alg. 1, step 5: θ
+    ema_update(teacher, student, alpha)  # Alg. 1, step 5: φ
+    return total, {"completions": completions, "mask": mask, "kl": torch.cat(kls)}
