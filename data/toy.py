@@ -82,6 +82,14 @@ def answers(results, style="own"):
     return _columns(results + LETTERS * (style == "expert"), ".")
 
 
+def is_right(completions, answers):
+    """Which completions (n, C), filled up with EOS, say what answers (n, 3) say and then end, in either style: (n,)."""
+    width = max(completions.shape[1], answers.shape[1])
+    c, a = (np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=EOS) for x in (completions, answers))
+    c, a = (np.where((x >= LETTERS) & (x < 2 * LETTERS), x - LETTERS, x) for x in (c, a))
+    return (c == a).all(1)
+
+
 def pretraining_batch(rng, n, with_demonstration):
     """n lines of the base's pretraining: prompts (n, 6), or (n, 10) with a demonstration, and own-style answers (n, 3)."""
     share = (0.40, 0.30, 0.30) if with_demonstration else (0.45, 0.47, 0.08)  # prior, new, unknown

@@ -1,0 +1,401 @@
+"""Self-distillation fine-tuning beside supervised fine-tuning, on a laptop, in minutes.
+
+    python train_toy.py                          # pretrain a small base, then teach it X, Y and Z in turn, both ways
+    python train_toy.py --sft_style own          # control: supervised demonstrations in the model's own style
+    python train_toy.py --report out/toy out/b   # finished runs side by side, mean and standard deviation
+
+The base knows eight prior skills and half knows X, Y and Z (data/README.md). SFT imitates an expert's demonstrations; SDFT
+sees the same prompts and demonstrations, but learns from its own responses. The prior skills are never trained on: they
+are the benchmark that tells what was forgotten. An answer counts as right by its content, whichever style it is in.
+
+Writes to --out_dir: metrics.jsonl (a line per log line), results.json, base.pt, sft.pt, sdft.pt, and with matplotlib retention.png.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import toy
+from model import GPT, GPTConfig
+from sdft import completion_logits, rollout, sft_loss, train_step, update
+
+MODEL = dict(block_size=16, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
+MAX_NEW_TOKENS = 4  # one more than an answer has, so that a response that does not end is seen
+TEACHER_GATE = 0.9  # below this accuracy with a demonstration there is nothing to distil
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--out_dir", type=Path, default=Path("out/toy"), help="folder for everything that is written (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the base, the data splits and the training (default: %(default)s)")
+    add("--device", default=None, help="cpu, cuda or mps (default: the best one there is)")
+    add("--kl", choices=["reverse", "forward", "jsd"], default="reverse", help="divergence of the SDFT loss: reverse is the paper's Eq. (1), forward is what its experiments ran (default: %(default)s)")
+    add("--teacher", choices=["ema", "frozen", "live"], default="ema", help="the teacher's weights: a moving average of the student, the stage's start, or the student itself (default: %(default)s)")
+    add("--ema_alpha", type=float, default=0.02, help="share of the student in the EMA teacher at every update (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="of the student's rollouts (default: %(default)s)")
+    add("--lr", type=float, default=3e-4, help="SDFT's peak learning rate (default: %(default)s)")
+    add("--steps", type=int, default=100, help="SDFT's updates per skill (default: %(default)s)")
+    add("--sft_style", choices=["expert", "own"], default="expert", help="style of SFT's demonstrations; own is the control in which they are close to the base (default: %(default)s)")
+    add("--sft_lr", type=float, default=None, help="SFT's peak learning rate (default: 1e-3, own style 3e-4)")
+    add("--sft_steps", type=int, default=200, help="SFT's updates per skill (default: %(default)s)")
+    add("--batch_size", type=int, default=64, help="prompts per fine-tuning update, of 400 per skill (default: %(default)s)")
+    add("--pretrain_steps", type=int, default=1600, help="updates of the base's pretraining (default: %(default)s)")
+    add("--log_every", type=int, default=25, help="updates between log lines (default: %(default)s)")
+    add("--report", nargs="+", type=Path, metavar="RUN", help="print a table of these finished runs and stop")
+    args = p.parse_args(argv)
+    for name in ("steps", "sft_steps", "batch_size", "pretrain_steps", "log_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} must be at least 1")
+    if not args.batch_size <= 400:
+        p.error("--batch_size must be at most 400, the number of training prompts of a skill")
+    if not 0 <= args.ema_alpha <= 1:
+        p.error("--ema_alpha must lie between 0 (frozen) and 1 (live)")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.report:
+        return report(args.report)
+    device = pick_device(args.device)
+    alpha = {"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher]
+    sft_lr = args.sft_lr or {"expert": 1e-3, "own": 3e-4}[args.sft_style]
+    arms = {  # arms are data: every one runs through the same `fine_tune`
+        "sft": dict(method="sft", lr=sft_lr, steps=args.sft_steps, style=args.sft_style),
+        "sdft": dict(method="sdft", lr=args.lr, steps=args.steps, kl=args.kl, alpha=alpha, temperature=args.temperature),
+    }
+    config = {k: v for k, v in vars(args).items() if k != "report"} | {
+        "out_dir": str(args.out_dir),
+        "sft_lr": sft_lr,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+    out = args.out_dir
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "retention.png"):  # of an earlier run, not to be taken for this one's
+            (out / name).unlink(missing_ok=True)
+        log = Log(out / "metrics.jsonl", args.log_every)
+    except OSError as e:
+        sys.exit(f"error: cannot write to --out_dir {out} ({e.strerror}); name a folder that you may write to")
+
+    print(f"device {device}, {config['threads']} threads, torch {torch.__version__}, seed {args.seed}")
+    start = time.perf_counter()
+    seconds = {}
+    base, cached = load_or_pretrain(out / "base.pt", args.seed, args.pretrain_steps, device, log)
+    seconds["pretrain"] = 0.0 if cached else time.perf_counter() - start
+
+    test = {name: toy.skill(name, "test", args.seed) for name in toy.KNOWN}
+    new = {name: test[name] for name in toy.NEW}
+    base_row = measure(base, test)
+    base_row |= {f"{k}_sampled": v for k, v in evaluate(base, new, temperature=1.0)[0].items()}
+    base_row["teacher"] = float(np.mean(list(evaluate(base, new, prompts="teacher_prompts")[0].values())))
+    print(
+        f"base: prior {base_row['prior']:.2f}, new "
+        + ", ".join(f"{k} {base_row[k]:.2f} (sampled {base_row[f'{k}_sampled']:.2f})" for k in new)
+        + f", with a demonstration {base_row['teacher']:.2f}"
+    )
+    if base_row["teacher"] < TEACHER_GATE:
+        sys.exit(
+            f"error: the base answers only {base_row['teacher']:.0%} right with a demonstration in its prompt, below "
+            f"{TEACHER_GATE:.0%}: there is nothing to distil; raise --pretrain_steps (now {args.pretrain_steps})"
+        )
+
+    results = {"config": config, "seconds": seconds, "base": base_row}
+    students = {}
+    for arm, settings in arms.items():
+        began = time.perf_counter()
+        students[arm] = copy.deepcopy(base)
+        results[arm] = run_stages(students[arm], arm, settings, test, args, log, out)
+        seconds[arm] = time.perf_counter() - began
+    seconds["total"] = time.perf_counter() - start
+
+    print_table(results)
+    print_examples({"base": base, **students}, test)
+    write_atomically(out / "results.json", lambda tmp: tmp.write_text(json.dumps(results, indent=1) + "\n"))
+    written = ["metrics.jsonl", "results.json", "base.pt", "sft.pt", "sdft.pt"] + draw(results, out / "retention.png")
+    print(" + ".join(f"{k} {v:.0f} s" for k, v in seconds.items() if k != "total") + f" = {seconds['total']:.0f} s in all")
+    print(f"wrote {', '.join(written)} to {out}")
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+def schedule(optimizer, lr, step, steps, warmup=10):
+    """Linear warm-up, then cosine to zero."""
+    rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def pretrain(seed, steps, device, log, batch_size=256, lr=3e-3, plain=0.85):
+    """A base from nothing: cross entropy on its answers to prompts, `plain` of the batches without a demonstration."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    model = GPT(GPTConfig(**MODEL)).to(device)
+    optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
+    log.begin("pretrain", steps)
+    for step in range(steps):
+        schedule(optimizer, lr, step, steps, warmup=50)
+        prompts, answers = toy.pretraining_batch(rng, batch_size, with_demonstration=rng.random() >= plain)
+        y = torch.from_numpy(answers).to(device)  # (B, C)
+        loss = F.cross_entropy(completion_logits(model, prompts, y).flatten(0, 1), y.flatten())
+        loss.backward()
+        update(model, optimizer, loss.item())
+        log.step(loss.item(), y.numel())
+    return model
+
+
+def fine_tune(
+    student, data, method, lr, steps, batch_size=64, kl="reverse", alpha=0.02, temperature=1.0, seed=0, on_step=None
+):
+    """Teach `student` one skill in place, by either method, from the same prompts and demonstrations.
+
+    on_step(loss, tokens) is called after every update. The optimiser and the teacher start afresh.
+    """
+    device = student.wte.weight.device
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = adamw(student, lr, betas=(0.9, 0.999), weight_decay=0.0)
+    rng = np.random.default_rng([seed, 2])
+    generator = torch.Generator(device).manual_seed(seed)
+    for step in range(steps):
+        schedule(optimizer, lr, step, steps)
+        rows = rng.choice(len(data["prompts"]), batch_size, replace=False)
+        prompts, teacher_prompts = data["prompts"][rows], data["teacher_prompts"][rows]
+        if method == "sdft":
+            loss, info = train_step(
+                student, teacher, optimizer, prompts, teacher_prompts, MAX_NEW_TOKENS, toy.EOS,
+                kl=kl, alpha=alpha, temperature=temperature, generator=generator,
+            )  # fmt: skip
+            tokens = int(info["mask"].sum())
+        else:
+            y = torch.from_numpy(data["demonstrations"][rows]).to(device)
+            loss = sft_loss(completion_logits(student, prompts, y), y, torch.ones_like(y))
+            loss.backward()
+            loss, tokens = loss.item(), y.numel()
+            update(student, optimizer, loss)
+        if on_step:
+            on_step(loss, tokens)
+
+
+def adamw(model, lr, **kw):
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=model.wte.weight.device.type != "mps", **kw)
+
+
+def run_stages(student, arm, settings, test, args, log, out):
+    """The skills in turn, each stage from where the last one ended; the accuracies on the test inputs after each."""
+    settings = dict(settings)
+    style = settings.pop("style", "expert")
+    val = {name: {k: v[:100] for k, v in toy.skill(name, "val", args.seed).items()} for name in toy.KNOWN}
+    log.begin(arm, settings["steps"] * len(toy.NEW))
+    rows = []
+    for name in toy.NEW:
+
+        def on_step(loss, tokens):
+            log.step(loss, tokens, name, lambda: measure(student, {k: v for k, v in val.items() if k == name or k in toy.PRIOR}))
+
+        try:
+            data = toy.skill(name, "train", args.seed, style)
+            fine_tune(student, data, batch_size=args.batch_size, seed=args.seed, on_step=on_step, **settings)
+        except FloatingPointError as e:
+            save(student, out / f"{arm}.pt")
+            sys.exit(f"error: {arm} on {name}, update {log.done + 1}: {e}; the weights before it are in {out / f'{arm}.pt'}")
+        rows.append({"after": name} | measure(student, test, length_of=name))
+    save(student, out / f"{arm}.pt")
+    return rows
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0):
+    """Accuracy and mean response length in tokens for every data set in {name: data}: two dictionaries."""
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    rows = np.concatenate([d[prompts] for d in sets.values()])
+    completions, mask = rollout(model, rows, MAX_NEW_TOKENS, toy.EOS, temperature, generator)
+    right = toy.is_right(completions.cpu().numpy(), np.concatenate([d["answers"] for d in sets.values()]))
+    length = mask.sum(1).cpu().numpy()
+    ends = np.cumsum([len(d[prompts]) for d in sets.values()])[:-1]
+    return tuple({k: float(x.mean()) for k, x in zip(sets, np.split(values, ends))} for values in (right, length))
+
+
+def measure(model, sets, length_of=None):
+    """Greedy accuracy on every new skill in `sets`, the mean over the prior ones, and on request a skill's response length."""
+    accuracy, length = evaluate(model, sets)
+    row = {k: v for k, v in accuracy.items() if k in toy.NEW}
+    row["prior"] = float(np.mean([v for k, v in accuracy.items() if k in toy.PRIOR]))
+    return row | ({"length": length[length_of]} if length_of else {})
+
+
+# --- Files, log and figure ------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        sys.exit(f"error: --device {name} is not available with this torch {torch.__version__}; leave the flag out, or use cpu")
+
+
+def write_atomically(path, write):
+    """write(tmp), then rename: whoever looks sees the old file or the whole new one."""
+    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        tmp.unlink(missing_ok=True)
+        sys.exit(f"error: cannot write {path} ({e}); free some space or choose another --out_dir")
+
+
+def save(model, path, config=None):
+    write_atomically(path, lambda tmp: torch.save({"config": config, "model": model.state_dict()}, tmp))
+
+
+def load_or_pretrain(path, seed, steps, device, log):
+    """The base in `path` where it was made with the same settings, otherwise a new one, which is then kept there."""
+    config = {**MODEL, "seed": seed, "steps": steps}
+    if path.exists():
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            if saved["config"] == config:
+                model = GPT(GPTConfig(**MODEL)).to(device)
+                model.load_state_dict(saved["model"])
+                print(f"base from {path}")
+                return model, True
+        except Exception:  # whatever a damaged file makes torch.load raise
+            sys.exit(f"error: {path} is damaged or not a base of this program; delete it to pretrain again")
+        print(f"{path} was made with other settings: pretraining again")
+    model = pretrain(seed, steps, device, log)
+    save(model, path, config)
+    return model, False
+
+
+class Log:
+    """A line on the screen and in metrics.jsonl every few updates, with the time that the phase still takes."""
+
+    def __init__(self, path, every):
+        self.file, self.every = open(path, "w"), every
+
+    def begin(self, phase, steps):
+        self.phase, self.steps, self.done, self.tokens = phase, steps, 0, 0
+        self.start = self.last = time.perf_counter()
+
+    def step(self, loss, tokens, skill=None, evaluate=None):
+        self.done += 1
+        self.tokens += tokens
+        every = self.every if evaluate else 4 * self.every
+        if self.done % every and self.done != self.steps:
+            return
+        row = {"phase": self.phase, "skill": skill, "step": self.done, "loss": loss}
+        now = time.perf_counter()
+        row |= {"tokens_per_s": self.tokens / (now - self.last), "ms_per_step": 1000 * (now - self.last) / every}
+        row |= evaluate() if evaluate else {}
+        self.last, self.tokens = time.perf_counter(), 0
+        left = (self.last - self.start) / self.done * (self.steps - self.done)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        accuracy = f"new {row[skill]:.2f}  prior {row['prior']:.2f}  " if evaluate else ""
+        print(
+            f"{self.phase:8} {skill or ' '} {self.done:5}/{self.steps}  loss {loss:6.3f}  {accuracy}"
+            f"{row['tokens_per_s']:6.0f} tok/s  {row['ms_per_step']:4.0f} ms/step  {left:3.0f} s left",
+            flush=True,
+        )
+
+
+COLUMNS = [*toy.NEW, "prior"]
+
+
+def print_table(results):
+    print("\naccuracy on unseen inputs, greedy; length in tokens; the prior skills are never trained on")
+    print("          " + "".join(f"{arm.upper():>34}" for arm in ("sft", "sdft")))
+    print("after     " + ("".join(f"{c:>6}" for c in COLUMNS) + "    length") * 2)
+    print("base      " + ("".join(f"{results['base'][c]:6.2f}" for c in COLUMNS) + " " * 10) * 2)
+    for sft, sdft in zip(results["sft"], results["sdft"]):
+        cells = ("".join(f"{r[c]:6.2f}" for c in COLUMNS) + f"{r['length']:10.1f}" for r in (sft, sdft))
+        print(f"{sft['after']:10}" + "".join(cells))
+
+
+def print_examples(models, test, names="XYZAB", row=1):
+    """One unseen prompt of a few skills, with everyone's greedy answer; the teacher is the base with the demonstration."""
+    print("\nprompt    demonstration  right   " + "".join(f"{m:7}" for m in models) + "teacher")
+    for name in names:
+        data = {k: v[row : row + 1] for k, v in test[name].items()}
+        say = lambda model, key: toy.decode(rollout(model, data[key], MAX_NEW_TOKENS, toy.EOS, temperature=0)[0][0].tolist())
+        replies = [say(m, "prompts") for m in models.values()] + [say(models["base"], "teacher_prompts")]
+        head = [toy.decode(data[k][0]) for k in ("prompts", "demonstrations", "answers")]
+        print(f"{head[0]:10}{head[1]:15}{head[2]:8}" + "".join(f"{r:7}" for r in replies))
+    print()
+
+
+def draw(results, path):
+    """The figure of accuracy over the stages, SFT beside SDFT; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: it needs matplotlib (pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    colours = dict(zip(COLUMNS, ["tab:blue", "tab:orange", "tab:green", "black"]))
+    for panel, arm in zip(panels, ("sft", "sdft")):
+        rows = [results["base"], *results[arm]]
+        for c in COLUMNS:
+            label = "prior skills" if c == "prior" else f"skill {c}"
+            panel.plot([r[c] for r in rows], marker="o", color=colours[c], ls="--" if c == "prior" else "-", label=label)
+        panel.set_xticks(range(4), ["base", *(f"after {r['after']}" for r in results[arm])])
+        panel.set(title=arm.upper(), ylim=(-0.03, 1.03))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on unseen inputs")
+    panels[1].legend(loc="lower left")
+    figure.tight_layout()
+    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=150))
+    plt.close(figure)
+    return [path.name]
+
+
+def report(folders):
+    """What a README needs of several runs: every one of them, then mean ± standard deviation."""
+    metrics = {
+        **{f"own {c}": lambda rows, c=c: next(r[c] for r in rows if r["after"] == c) for c in toy.NEW},
+        **{f"end {c}": lambda rows, c=c: rows[-1][c] for c in COLUMNS},
+        "end mean XYZ": lambda rows: float(np.mean([rows[-1][c] for c in toy.NEW])),
+    }
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(json.loads((folder / "results.json").read_text()))
+        except (OSError, ValueError):
+            sys.exit(f"error: there is no readable results.json in {folder}; --report takes --out_dir of finished runs")
+    for arm in ("sft", "sdft"):
+        print(f"\n| {arm.upper()} | " + " | ".join(metrics) + " |")
+        print("|---" * (len(metrics) + 1) + "|")
+        table = [[m(run[arm]) for m in metrics.values()] for run in runs]
+        for run, row in zip(runs, table):
+            print(f"| seed {run['config']['seed']} | " + " | ".join(f"{v:.2f}" for v in row) + " |")
+        spread = zip(np.mean(table, 0), np.std(table, 0, ddof=1) if len(runs) > 1 else np.zeros(len(metrics)))
+        print("| mean ± sd | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in spread) + " |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; a finished base is kept in --out_dir and is reused by the next run")
