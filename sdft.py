@@ -225,7 +225,9 @@ def train_step(
     micro_batch  rows scored at a time; fewer save memory and change nothing else
     """
     completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)  # Alg. 1, step 2
-    mask[:, :skip_tokens] = False
+    scored = mask.clone()  # (B, C)
+    scored[:, :skip_tokens] = False
+    weight = torch.ones(len(prompts)) if reduction == "sequence" else scored.sum(1)  # (B,), of a row in the loss
 
     B, total, kls = len(prompts), 0.0, []
     for i in range(0, B, micro_batch or B):
@@ -234,8 +236,8 @@ def train_step(
         with torch.no_grad():
             teacher_logits = completion_logits(teacher, teacher_prompts[rows], completions[rows])  # (b, C, V)
 
-        loss, info = sdft_loss(student_logits, teacher_logits, mask[rows], kl, reduction)  # Alg. 1, step 4: Eq. (1)
-        share = len(mask[rows]) / B if reduction == "sequence" else (mask[rows].sum() / mask.sum().clamp(min=1)).item()
+        loss, info = sdft_loss(student_logits, teacher_logits, scored[rows], kl, reduction)  # Alg. 1, step 4: Eq. (1)
+        share = weight[rows].sum().item() / max(weight.sum().item(), 1)
         (loss * share).backward()  # the micro-batches add up to the gradient of the whole batch
         total += loss.item() * share
         kls.append(info["kl"])

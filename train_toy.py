@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--sft_lr", type=float, default=None, help="SFT's peak learning rate (default: 1e-3, own style 3e-4)")
     add("--sft_steps", type=int, default=200, help="SFT's updates per skill (default: %(default)s)")
     add("--batch_size", type=int, default=64, help="prompts per fine-tuning update, of 400 per skill (default: %(default)s)")
-    add("--pretrain_steps", type=int, default=1600, help="updates of the base's pretraining (default: %(default)s)")
+    add("--pretrain_steps", type=int, default=3200, help="updates of the base's pretraining (default: %(default)s)")
     add("--log_every", type=int, default=25, help="updates between log lines (default: %(default)s)")
     add("--report", nargs="+", type=Path, metavar="RUN", help="print a table of these finished runs and stop")
     args = p.parse_args(argv)
@@ -99,8 +99,7 @@ def main(argv=None):
 
     test = {name: toy.skill(name, "test", args.seed) for name in toy.KNOWN}
     new = {name: test[name] for name in toy.NEW}
-    base_row = measure(base, test)
-    base_row |= {f"{k}_sampled": v for k, v in evaluate(base, new, temperature=1.0)[0].items()}
+    base_row = measure(base, test, sampled=True)
     base_row["teacher"] = float(np.mean(list(evaluate(base, new, prompts="teacher_prompts")[0].values())))
     print(
         f"base: prior {base_row['prior']:.2f}, new "
@@ -140,7 +139,7 @@ def schedule(optimizer, lr, step, steps, warmup=10):
         group["lr"] = rate
 
 
-def pretrain(seed, steps, device, log, batch_size=256, lr=3e-3, plain=0.85):
+def pretrain(seed, steps, device, log, batch_size=128, lr=2e-3, plain=0.85):
     """A base from nothing: cross entropy on its answers to prompts, `plain` of the batches without a demonstration."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
@@ -172,7 +171,7 @@ def fine_tune(
     generator = torch.Generator(device).manual_seed(seed)
     for step in range(steps):
         schedule(optimizer, lr, step, steps)
-        rows = rng.choice(len(data["prompts"]), batch_size, replace=False)
+        rows = rng.choice(len(data["prompts"]), batch_size, replace=False)  # Alg. 1, step 1
         prompts, teacher_prompts = data["prompts"][rows], data["teacher_prompts"][rows]
         if method == "sdft":
             loss, info = train_step(
@@ -212,7 +211,8 @@ def run_stages(student, arm, settings, test, args, log, out):
         except FloatingPointError as e:
             save(student, out / f"{arm}.pt")
             sys.exit(f"error: {arm} on {name}, update {log.done + 1}: {e}; the weights before it are in {out / f'{arm}.pt'}")
-        rows.append({"after": name} | measure(student, test, length_of=name))
+        length = evaluate(student, {name: test[name]})[1][name]
+        rows.append({"after": name} | measure(student, test, sampled=True) | {"length": length})
     save(student, out / f"{arm}.pt")
     return rows
 
@@ -231,12 +231,14 @@ def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0):
     return tuple({k: float(x.mean()) for k, x in zip(sets, np.split(values, ends))} for values in (right, length))
 
 
-def measure(model, sets, length_of=None):
-    """Greedy accuracy on every new skill in `sets`, the mean over the prior ones, and on request a skill's response length."""
-    accuracy, length = evaluate(model, sets)
-    row = {k: v for k, v in accuracy.items() if k in toy.NEW}
-    row["prior"] = float(np.mean([v for k, v in accuracy.items() if k in toy.PRIOR]))
-    return row | ({"length": length[length_of]} if length_of else {})
+def measure(model, sets, sampled=False):
+    """Greedy accuracy on every new skill in `sets` and the mean over the prior ones; on request at temperature 1 as well."""
+    row = {}
+    for temperature, suffix in [(0.0, ""), (1.0, "_sampled")][: 1 + sampled]:
+        accuracy, _ = evaluate(model, sets, temperature=temperature)
+        row |= {k + suffix: v for k, v in accuracy.items() if k in toy.NEW}
+        row["prior" + suffix] = float(np.mean([v for k, v in accuracy.items() if k in toy.PRIOR]))
+    return row
 
 
 # --- Files, log and figure ------------------------------------------------------------------------------------------
@@ -308,8 +310,7 @@ class Log:
         row |= evaluate() if evaluate else {}
         self.last, self.tokens = time.perf_counter(), 0
         left = (self.last - self.start) / self.done * (self.steps - self.done)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        print(json.dumps(row), file=self.file, flush=True)
         accuracy = f"new {row[skill]:.2f}  prior {row['prior']:.2f}  " if evaluate else ""
         print(
             f"{self.phase:8} {skill or ' '} {self.done:5}/{self.steps}  loss {loss:6.3f}  {accuracy}"
@@ -322,13 +323,16 @@ COLUMNS = [*toy.NEW, "prior"]
 
 
 def print_table(results):
-    print("\naccuracy on unseen inputs, greedy; length in tokens; the prior skills are never trained on")
-    print("          " + "".join(f"{arm.upper():>34}" for arm in ("sft", "sdft")))
-    print("after     " + ("".join(f"{c:>6}" for c in COLUMNS) + "    length") * 2)
-    print("base      " + ("".join(f"{results['base'][c]:6.2f}" for c in COLUMNS) + " " * 10) * 2)
-    for sft, sdft in zip(results["sft"], results["sdft"]):
-        cells = ("".join(f"{r[c]:6.2f}" for c in COLUMNS) + f"{r['length']:10.1f}" for r in (sft, sdft))
-        print(f"{sft['after']:10}" + "".join(cells))
+    arms = ("sft", "sdft")
+    for suffix, how in (("", "greedy"), ("_sampled", "sampled at temperature 1")):
+        print(f"\naccuracy on unseen inputs, {how}; the prior skills are never trained on")
+        print(" " * 8 + "".join(f"{arm.upper():>24}    length" for arm in arms))
+        print("after   " + ("".join(f"{c:>6}" for c in COLUMNS) + " " * 10) * 2)
+        base = "".join(f"{results['base'][c + suffix]:6.2f}" for c in COLUMNS) + " " * 10
+        print("base    " + base * 2)
+        for rows in zip(*(results[arm] for arm in arms)):
+            cells = ("".join(f"{r[c + suffix]:6.2f}" for c in COLUMNS) + f"{r['length']:10.1f}" for r in rows)
+            print(f"{rows[0]['after']:8}" + "".join(cells))
 
 
 def print_examples(models, test, names="XYZAB", row=1):
@@ -359,11 +363,11 @@ def draw(results, path):
         rows = [results["base"], *results[arm]]
         for c in COLUMNS:
             label = "prior skills" if c == "prior" else f"skill {c}"
-            panel.plot([r[c] for r in rows], marker="o", color=colours[c], ls="--" if c == "prior" else "-", label=label)
+            panel.plot([r[c + "_sampled"] for r in rows], "--o" if c == "prior" else "-o", color=colours[c], label=label)
         panel.set_xticks(range(4), ["base", *(f"after {r['after']}" for r in results[arm])])
         panel.set(title=arm.upper(), ylim=(-0.03, 1.03))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy on unseen inputs")
+    panels[0].set_ylabel("accuracy on unseen inputs,\nsampled at temperature 1")
     panels[1].legend(loc="lower left")
     figure.tight_layout()
     write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=150))
@@ -376,7 +380,9 @@ def report(folders):
     metrics = {
         **{f"own {c}": lambda rows, c=c: next(r[c] for r in rows if r["after"] == c) for c in toy.NEW},
         **{f"end {c}": lambda rows, c=c: rows[-1][c] for c in COLUMNS},
-        "end mean XYZ": lambda rows: float(np.mean([rows[-1][c] for c in toy.NEW])),
+        "end XYZ": lambda rows: float(np.mean([rows[-1][c] for c in toy.NEW])),
+        "XYZ sampled": lambda rows: float(np.mean([rows[-1][f"{c}_sampled"] for c in toy.NEW])),
+        "prior sampled": lambda rows: rows[-1]["prior_sampled"],
     }
     runs = []
     for folder in folders:

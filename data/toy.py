@@ -1,15 +1,16 @@
 """A world of small arithmetic in which a model can know, half know, or not know a skill. numpy only, seeded.
 
 A prompt names an operation and gives three digits: `?X425=`. The answer folds the operation's 10 x 10 table over the
-digits from the left and writes every intermediate result, then the end token: `31.` where X(4, 2) = 3 and X(3, 5) = 1.
+digits from the left and writes every intermediate result, then the end token: `39.` where X(4, 2) = 3 and X(3, 5) = 9.
 
   A ... H  prior skills, known: the benchmark that fine-tuning must not damage
-  X, Y, Z  new skills, half known: in pretraining their prompts follow the right table 60% of the time
+  X, Y, Z  new skills, half known: in pretraining their prompts follow the right table 60% of the time, otherwise a
+           random one
   M ... W  unknown names: a fresh random table each time, so that without a demonstration there is nothing to know,
            and with one the answer has to be read from the context; they teach in-context learning
 
 Two styles carry the same content. The model's own answers are digits, an expert's demonstrations are letters, a-j for
-0-9. The teacher prompt `?X425!db.=` shows a demonstration, and its answer is in the model's own style again: `31.`.
+0-9. The teacher prompt `?X425!dj.=` shows a demonstration, and its answer is in the model's own style again: `39.`.
 
 Shapes: n rows of token ids; see data/README.md for an example of every kind of line.
 """
@@ -73,12 +74,12 @@ def student_prompts(names, digits):
 
 
 def teacher_prompts(names, digits, demonstrations):
-    """`?X425!db.=`: the same question with a demonstration (n, 3) for it: (n, 10)."""
+    """`?X425!dj.=`: the same question with a demonstration (n, 3) for it: (n, 10)."""
     return _columns("?", names, digits, "!", demonstrations, "=")
 
 
 def answers(results, style="own"):
-    """Results (n, 2) written out and ended, (n, 3): `31.` in the model's own style, `db.` in the expert's."""
+    """Results (n, 2) written out and ended, (n, 3): `39.` in the model's own style, `dj.` in the expert's."""
     return _columns(results + LETTERS * (style == "expert"), ".")
 
 
@@ -92,14 +93,15 @@ def is_right(completions, answers):
 
 def pretraining_batch(rng, n, with_demonstration):
     """n lines of the base's pretraining: prompts (n, 6), or (n, 10) with a demonstration, and own-style answers (n, 3)."""
-    share = (0.40, 0.30, 0.30) if with_demonstration else (0.45, 0.47, 0.08)  # prior, new, unknown
+    share = (0.40, 0.30, 0.30) if with_demonstration else (0.55, 0.37, 0.08)  # prior, new, unknown
     kind = rng.choice(3, n, p=share)
     prior = rng.integers(len(PRIOR), size=n)
     new = len(PRIOR) + rng.integers(len(NEW), size=n)
     unknown = len(KNOWN) + rng.integers(len(UNKNOWN), size=n)
     names = VOCAB.index("A") + np.choose(kind, [prior, new, unknown])
-    tables = TABLES[np.where((kind == 1) & (rng.random(n) < RIGHT), new, prior)]
-    tables[kind == 2] = rng.integers(10, size=((kind == 2).sum(), 10, 10))
+    tables = TABLES[np.where(kind == 1, new, prior)]
+    guess = (kind == 2) | (kind == 1) & (rng.random(n) >= RIGHT)
+    tables[guess] = rng.integers(10, size=(guess.sum(), 10, 10))
     digits = rng.integers(10, size=(n, N_DIGITS))
     results = solve(tables, digits)
     if with_demonstration:
