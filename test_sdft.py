@@ -5,10 +5,10 @@ Oracles are independent of the code under test: torch.distributions, finite diff
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
+from decimal import Decimal, localcontext
 from pathlib import Path
 
 import numpy as np
@@ -394,12 +394,14 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_weights_untouched(bad):
 
 
 def by_hand(name, digits):
-    """An answer without numpy or tables."""
+    """An answer without numpy or tables; those of X, Y and Z are decimals of a square root, by another route than the world's."""
+    root = {"X": 2, "Y": 3, "Z": 5}.get(name)
+    with localcontext(prec=120):
+        decimals = str(Decimal(root).sqrt())[2:] if root else ""
     rule = {
         "A": lambda a, b: a + b, "B": lambda a, b: a - b, "C": max, "D": min, "E": lambda a, b: abs(a - b),
         "F": lambda a, b: a * b, "G": lambda a, b: 3 * a + b, "H": lambda a, b: 9 - a if b % 2 else a,
-        "X": lambda a, b: 7 * a + b + 3, "Y": lambda a, b: a + 3 * b + 4, "Z": lambda a, b: 3 * a + 7 * b + 2,
-    }[name]  # fmt: skip
+    }.get(name, lambda a, b: int(decimals[10 * a + b]))  # fmt: skip
     first = rule(digits[0], digits[1]) % 10
     return [first, rule(first, digits[2]) % 10]
 
@@ -450,7 +452,7 @@ def test_an_answer_is_right_by_its_content_in_either_style_and_only_if_it_ends()
 
 # --- The whole experiment -------------------------------------------------------------------------------------------
 
-MINIATURE = "--pretrain_steps 60 --steps 3 --sft_steps 3 --batch_size 16 --log_every 2 --device cpu".split()
+MINIATURE = "--pretrain_steps 60 --steps 3 --sft_steps 3 --batch_size 16 --device cpu".split()
 
 
 def run_miniature(out, *flags, monkeypatch):

@@ -43,19 +43,30 @@ def parse_args(argv=None):
     add("--teacher", choices=["ema", "frozen", "live"], default="ema", help="the teacher's weights: a moving average of the student, the stage's start, or the student itself (default: %(default)s)")
     add("--ema_alpha", type=float, default=0.02, help="share of the student in the EMA teacher at every update (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="of the student's rollouts (default: %(default)s)")
-    add("--lr", type=float, default=3e-4, help="SDFT's peak learning rate (default: %(default)s)")
-    add("--steps", type=int, default=100, help="SDFT's updates per skill (default: %(default)s)")
+    add("--lr", type=float, default=1e-4, help="SDFT's peak learning rate (default: %(default)s)")
+    add("--steps", type=int, default=50, help="SDFT's updates per skill (default: %(default)s)")
     add("--sft_style", choices=["expert", "own"], default="expert", help="style of SFT's demonstrations; own is the control in which they are close to the base (default: %(default)s)")
-    add("--sft_lr", type=float, default=None, help="SFT's peak learning rate (default: 1e-3, own style 3e-4)")
-    add("--sft_steps", type=int, default=200, help="SFT's updates per skill (default: %(default)s)")
+    add("--sft_lr", type=float, default=None, help="SFT's peak learning rate (default: 1e-3, own style 1e-4)")
+    add("--sft_steps", type=int, default=None, help="SFT's updates per skill (default: 400, own style 50)")
     add("--batch_size", type=int, default=64, help="prompts per fine-tuning update, of 400 per skill (default: %(default)s)")
     add("--pretrain_steps", type=int, default=3200, help="updates of the base's pretraining (default: %(default)s)")
-    add("--log_every", type=int, default=25, help="updates between log lines (default: %(default)s)")
+    add("--log_lines", type=int, default=4, help="log lines per skill (default: %(default)s)")
     add("--report", nargs="+", type=Path, metavar="RUN", help="print a table of these finished runs and stop")
     args = p.parse_args(argv)
-    for name in ("steps", "sft_steps", "batch_size", "pretrain_steps", "log_every"):
+    # what each needs to learn a new skill: a foreign style takes more and larger updates
+    default_lr, default_steps = {"expert": (1e-3, 400), "own": (1e-4, 50)}[args.sft_style]
+    args.sft_lr = default_lr if args.sft_lr is None else args.sft_lr
+    args.sft_steps = default_steps if args.sft_steps is None else args.sft_steps
+    for name in ("steps", "sft_steps", "batch_size", "pretrain_steps", "log_lines"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
+    for name in ("lr", "sft_lr"):
+        if not getattr(args, name) > 0:
+            p.error(f"--{name} must be positive")
+    if args.seed < 0:
+        p.error("--seed must not be negative")
+    if not args.temperature >= 0:
+        p.error("--temperature must not be negative; 0 is greedy")
     if not args.batch_size <= 400:
         p.error("--batch_size must be at most 400, the number of training prompts of a skill")
     if not 0 <= args.ema_alpha <= 1:
@@ -69,14 +80,12 @@ def main(argv=None):
         return report(args.report)
     device = pick_device(args.device)
     alpha = {"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher]
-    sft_lr = args.sft_lr or {"expert": 1e-3, "own": 3e-4}[args.sft_style]
     arms = {  # arms are data: every one runs through the same `fine_tune`
-        "sft": dict(method="sft", lr=sft_lr, steps=args.sft_steps, style=args.sft_style),
+        "sft": dict(method="sft", lr=args.sft_lr, steps=args.sft_steps, style=args.sft_style),
         "sdft": dict(method="sdft", lr=args.lr, steps=args.steps, kl=args.kl, alpha=alpha, temperature=args.temperature),
     }
     config = {k: v for k, v in vars(args).items() if k != "report"} | {
         "out_dir": str(args.out_dir),
-        "sft_lr": sft_lr,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -87,7 +96,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         for name in ("results.json", "retention.png"):  # of an earlier run, not to be taken for this one's
             (out / name).unlink(missing_ok=True)
-        log = Log(out / "metrics.jsonl", args.log_every)
+        log = Log(out / "metrics.jsonl")
     except OSError as e:
         sys.exit(f"error: cannot write to --out_dir {out} ({e.strerror}); name a folder that you may write to")
 
@@ -97,7 +106,7 @@ def main(argv=None):
     base, cached = load_or_pretrain(out / "base.pt", args.seed, args.pretrain_steps, device, log)
     seconds["pretrain"] = 0.0 if cached else time.perf_counter() - start
 
-    test = {name: toy.skill(name, "test", args.seed) for name in toy.KNOWN}
+    test = {name: head(toy.skill(name, "test", args.seed), 400 if name in toy.NEW else 100) for name in toy.KNOWN}
     new = {name: test[name] for name in toy.NEW}
     base_row = measure(base, test, sampled=True)
     base_row["teacher"] = float(np.mean(list(evaluate(base, new, prompts="teacher_prompts")[0].values())))
@@ -145,7 +154,7 @@ def pretrain(seed, steps, device, log, batch_size=128, lr=2e-3, plain=0.85):
     rng = np.random.default_rng([seed, 1])
     model = GPT(GPTConfig(**MODEL)).to(device)
     optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
-    log.begin("pretrain", steps)
+    log.begin("pretrain", steps, lines=16)
     for step in range(steps):
         schedule(optimizer, lr, step, steps, warmup=50)
         prompts, answers = toy.pretraining_batch(rng, batch_size, with_demonstration=rng.random() >= plain)
@@ -197,8 +206,8 @@ def run_stages(student, arm, settings, test, args, log, out):
     """The skills in turn, each stage from where the last one ended; the accuracies on the test inputs after each."""
     settings = dict(settings)
     style = settings.pop("style", "expert")
-    val = {name: {k: v[:100] for k, v in toy.skill(name, "val", args.seed).items()} for name in toy.KNOWN}
-    log.begin(arm, settings["steps"] * len(toy.NEW))
+    val = {name: head(toy.skill(name, "val", args.seed), 100 if name in toy.NEW else 25) for name in toy.KNOWN}
+    log.begin(arm, settings["steps"] * len(toy.NEW), args.log_lines * len(toy.NEW))
     rows = []
     for name in toy.NEW:
 
@@ -218,6 +227,11 @@ def run_stages(student, arm, settings, test, args, log, out):
 
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def head(data, n):
+    """The first n rows of a data set."""
+    return {k: v[:n] for k, v in data.items()}
 
 
 def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0):
@@ -289,26 +303,26 @@ def load_or_pretrain(path, seed, steps, device, log):
 
 
 class Log:
-    """A line on the screen and in metrics.jsonl every few updates, with the time that the phase still takes."""
+    """A line on the screen and in metrics.jsonl now and then, with the seconds that the phase still takes."""
 
-    def __init__(self, path, every):
-        self.file, self.every = open(path, "w"), every
+    def __init__(self, path):
+        self.file = open(path, "w")
 
-    def begin(self, phase, steps):
-        self.phase, self.steps, self.done, self.tokens = phase, steps, 0, 0
+    def begin(self, phase, steps, lines):
+        self.phase, self.steps, self.lines = phase, steps, lines
+        self.done = self.done_before = self.tokens = 0
         self.start = self.last = time.perf_counter()
 
     def step(self, loss, tokens, skill=None, evaluate=None):
         self.done += 1
         self.tokens += tokens
-        every = self.every if evaluate else 4 * self.every
-        if self.done % every and self.done != self.steps:
+        if self.done * self.lines // self.steps == (self.done - 1) * self.lines // self.steps:
             return
+        seconds, steps = time.perf_counter() - self.last, self.done - self.done_before
         row = {"phase": self.phase, "skill": skill, "step": self.done, "loss": loss}
-        now = time.perf_counter()
-        row |= {"tokens_per_s": self.tokens / (now - self.last), "ms_per_step": 1000 * (now - self.last) / every}
+        row |= {"tokens_per_s": self.tokens / seconds, "ms_per_step": 1000 * seconds / steps}
         row |= evaluate() if evaluate else {}
-        self.last, self.tokens = time.perf_counter(), 0
+        self.last, self.done_before, self.tokens = time.perf_counter(), self.done, 0  # the evaluation is not counted
         left = (self.last - self.start) / self.done * (self.steps - self.done)
         print(json.dumps(row), file=self.file, flush=True)
         accuracy = f"new {row[skill]:.2f}  prior {row['prior']:.2f}  " if evaluate else ""
@@ -325,14 +339,14 @@ COLUMNS = [*toy.NEW, "prior"]
 def print_table(results):
     arms = ("sft", "sdft")
     for suffix, how in (("", "greedy"), ("_sampled", "sampled at temperature 1")):
+        columns = [c + suffix for c in COLUMNS] + ["length"]
         print(f"\naccuracy on unseen inputs, {how}; the prior skills are never trained on")
-        print(" " * 8 + "".join(f"{arm.upper():>24}    length" for arm in arms))
-        print("after   " + ("".join(f"{c:>6}" for c in COLUMNS) + " " * 10) * 2)
-        base = "".join(f"{results['base'][c + suffix]:6.2f}" for c in COLUMNS) + " " * 10
-        print("base    " + base * 2)
-        for rows in zip(*(results[arm] for arm in arms)):
-            cells = ("".join(f"{r[c + suffix]:6.2f}" for c in COLUMNS) + f"{r['length']:10.1f}" for r in rows)
-            print(f"{rows[0]['after']:8}" + "".join(cells))
+        print(" " * 8 + "".join(f"{arm.upper():>14}" + " " * 24 for arm in arms).rstrip())
+        print("after   " + "   ".join("".join(f"{c.removesuffix(suffix):>7}" for c in columns) for _ in arms))
+        for stage in range(-1, len(toy.NEW)):
+            rows = [results["base"] if stage < 0 else results[arm][stage] for arm in arms]
+            cells = ("".join(f"{r[c]:7.2f}" if c in r else " " * 7 for c in columns) for r in rows)
+            print(f"{rows[0].get('after', 'base'):8}" + "   ".join(cells))
 
 
 def print_examples(models, test, names="XYZAB", row=1):

@@ -1,7 +1,7 @@
 """A world of small arithmetic in which a model can know, half know, or not know a skill. numpy only, seeded.
 
 A prompt names an operation and gives three digits: `?X425=`. The answer folds the operation's 10 x 10 table over the
-digits from the left and writes every intermediate result, then the end token: `39.` where X(4, 2) = 3 and X(3, 5) = 9.
+digits from the left and writes every intermediate result, then the end token: `88.` where X(4, 2) = 8 and X(8, 5) = 8.
 
   A ... H  prior skills, known: the benchmark that fine-tuning must not damage
   X, Y, Z  new skills, half known: in pretraining their prompts follow the right table 60% of the time, otherwise a
@@ -10,10 +10,12 @@ digits from the left and writes every intermediate result, then the end token: `
            and with one the answer has to be read from the context; they teach in-context learning
 
 Two styles carry the same content. The model's own answers are digits, an expert's demonstrations are letters, a-j for
-0-9. The teacher prompt `?X425!dj.=` shows a demonstration, and its answer is in the model's own style again: `39.`.
+0-9. The teacher prompt `?X425!ii.=` shows a demonstration, and its answer is in the model's own style again: `88.`.
 
 Shapes: n rows of token ids; see data/README.md for an example of every kind of line.
 """
+
+import math
 
 import numpy as np
 
@@ -27,11 +29,9 @@ PRIOR = {
     "G": lambda a, b: 3 * a + b,
     "H": lambda a, b: np.where(b % 2 == 1, 9 - a, a),
 }
-NEW = {
-    "X": lambda a, b: 7 * a + b + 3,
-    "Y": lambda a, b: a + 3 * b + 4,
-    "Z": lambda a, b: 3 * a + 7 * b + 2,
-}
+# arbitrary tables that anyone can check: the first 100 decimals of √2, √3 and √5; nothing to derive, they have to be known
+DECIMALS = {k: np.array([*str(math.isqrt(n * 10**200))[1:101]], int).reshape(10, 10) for k, n in {"X": 2, "Y": 3, "Z": 5}.items()}
+NEW = {k: lambda a, b, table=table: table[a, b] for k, table in DECIMALS.items()}
 KNOWN = {**PRIOR, **NEW}
 UNKNOWN = "MNOPQRSTUVW"
 RIGHT = 0.6  # how often a new skill's prompt follows its own table in pretraining
@@ -74,12 +74,12 @@ def student_prompts(names, digits):
 
 
 def teacher_prompts(names, digits, demonstrations):
-    """`?X425!dj.=`: the same question with a demonstration (n, 3) for it: (n, 10)."""
+    """`?X425!ii.=`: the same question with a demonstration (n, 3) for it: (n, 10)."""
     return _columns("?", names, digits, "!", demonstrations, "=")
 
 
 def answers(results, style="own"):
-    """Results (n, 2) written out and ended, (n, 3): `39.` in the model's own style, `dj.` in the expert's."""
+    """Results (n, 2) written out and ended, (n, 3): `88.` in the model's own style, `ii.` in the expert's."""
     return _columns(results + LETTERS * (style == "expert"), ".")
 
 
