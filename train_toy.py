@@ -392,28 +392,36 @@ def draw(results, path):
 
 
 def report(folders):
-    """What a README needs of several runs: every one of them, then mean ± standard deviation."""
-    metrics = {
-        **{f"own {c}": lambda rows, c=c: next(r[c] for r in rows if r["after"] == c) for c in toy.NEW},
+    """Every run, then mean ± standard deviation. "own": a skill at the end of its own stage; "end": after the last stage."""
+    own = lambda rows, key: [r[r["after"] + key] for r in rows]
+    mean_end = lambda rows, key: np.mean([rows[-1][c + key] for c in toy.NEW])
+    of_base = {c: lambda base, c=c: base[c] for c in COLUMNS + ["teacher"]}
+    of_base["XYZ, sampled"] = lambda base: np.mean([base[f"{c}_sampled"] for c in toy.NEW])
+    of_stages = {
+        **{f"own {c}": lambda rows, i=i: own(rows, "")[i] for i, c in enumerate(toy.NEW)},
+        "own, sampled": lambda rows: np.mean(own(rows, "_sampled")),
         **{f"end {c}": lambda rows, c=c: rows[-1][c] for c in COLUMNS},
-        "end XYZ": lambda rows: float(np.mean([rows[-1][c] for c in toy.NEW])),
-        "XYZ sampled": lambda rows: float(np.mean([rows[-1][f"{c}_sampled"] for c in toy.NEW])),
-        "prior sampled": lambda rows: rows[-1]["prior_sampled"],
+        "end XYZ": lambda rows: mean_end(rows, ""),
+        "end XYZ, sampled": lambda rows: mean_end(rows, "_sampled"),
+        "end prior, sampled": lambda rows: rows[-1]["prior_sampled"],
     }
     runs = []
     for folder in folders:
         try:
-            runs.append(json.loads((folder / "results.json").read_text()))
-        except (OSError, ValueError):
+            run = json.loads((folder / "results.json").read_text())
+            parts = [("base", of_base), ("sft", of_stages), ("sdft", of_stages)]
+            runs.append({part: [float(metric(run[part])) for metric in metrics.values()] for part, metrics in parts})
+            runs[-1]["label"] = f"seed {run['config']['seed']}"
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             sys.exit(f"error: there is no readable results.json in {folder}; --report takes --out_dir of finished runs")
-    for arm in ("sft", "sdft"):
-        print(f"\n| {arm.upper()} | " + " | ".join(metrics) + " |")
-        print("|---" * (len(metrics) + 1) + "|")
-        table = [[m(run[arm]) for m in metrics.values()] for run in runs]
-        for run, row in zip(runs, table):
-            print(f"| seed {run['config']['seed']} | " + " | ".join(f"{v:.2f}" for v in row) + " |")
-        spread = zip(np.mean(table, 0), np.std(table, 0, ddof=1) if len(runs) > 1 else np.zeros(len(metrics)))
-        print("| mean ± sd | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in spread) + " |")
+    for part, metrics in parts:
+        print(f"\n| {part.upper()} | " + " | ".join(metrics) + " |\n" + "|---" * (len(metrics) + 1) + "|")
+        for run in runs:
+            print(f"| {run['label']} | " + " | ".join(f"{v:.2f}" for v in run[part]) + " |")
+        if len(runs) > 1:
+            values = [run[part] for run in runs]
+            spread = zip(np.mean(values, 0), np.std(values, 0, ddof=1))
+            print("| mean ± sd | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in spread) + " |")
 
 
 if __name__ == "__main__":
