@@ -74,6 +74,8 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
 
     A row ends with its first eos_id, which belongs to the response; the rest of the row is eos_id and masked.
     """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 and temperature={temperature} at least 0")
     device = model.wte.weight.device
     idx, pad = pad_left(prompts, device)
     B, P = idx.shape
@@ -89,10 +91,13 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
     for c in range(max_new_tokens):
         # the whole prompt once, then one token at a time; only the last position is projected on the vocabulary
         logits = model.head(model.hidden(idx, pad, cache)[:, -1]).float()  # (B, V)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite; lower the learning rate")
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # finite at any temperature
+            token = torch.multinomial(p, 1, generator=generator)[:, 0]
         completions[:, c] = token.where(running, eos_id)
         mask[:, c] = running
         running = running & (token != eos_id)
@@ -120,7 +125,7 @@ def sdft_loss(student_logits, teacher_logits, mask, kl="reverse", reduction="seq
     """Per-token KL between student and teacher over the whole vocabulary, on the student's own tokens. Eq. (1).
 
     student_logits  (B, C, V)  position t predicts completion token t; finite; carries the gradient
-    teacher_logits  (B, C, V)  on the same tokens; never receives a gradient
+    teacher_logits  (B, C, V)  on the same tokens; finite; never receives a gradient
     mask            (B, C)     1 for completion tokens up to and including the first end token, 0 for the rest
     kl              "reverse"  KL(student ‖ teacher), Eq. (1)
                     "forward"  KL(teacher ‖ student), what the paper's experiments ran (official repository, issue 5)
@@ -141,12 +146,13 @@ def sdft_loss(student_logits, teacher_logits, mask, kl="reverse", reduction="seq
     log_q = F.log_softmax(teacher_logits.detach().to(dtype), -1)  # (B, C, V), teacher
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
 
-    # Σ(q - p) is 0; with it every term is >= 0 and the gradient at p = q is 0 to the last bit, not to rounding
+    # the terms q - p of reverse and forward sum to 0 over v; with them every term is >= 0, and the gradient at p = q is 0
+    # to the last bit, not to rounding
     if kl == "reverse":
         per_token = (p * log_ratio + q - p).sum(-1)  # (B, C), Σ_v p log(p/q): Eq. (1)
     elif kl == "forward":
         per_token = (p - q - q * log_ratio).sum(-1)  # (B, C), Σ_v q log(q/p)
-    elif kl == "jsd":  # with m = (p + q)/2: log p/m = log 2 - softplus(log q/p)
+    elif kl == "jsd":  # with m = (p + q)/2: log p/m = log 2 - softplus(log q/p); the default threshold of 20 costs 2e-9
         p_to_m = math.log(2) - F.softplus(-log_ratio, threshold=40)
         q_to_m = math.log(2) - F.softplus(log_ratio, threshold=40)
         per_token = (p * p_to_m + q * q_to_m).sum(-1) / 2  # (B, C)
@@ -167,7 +173,8 @@ def sdft_loss(student_logits, teacher_logits, mask, kl="reverse", reduction="seq
 def sft_loss(logits, tokens, mask):
     """What SDFT is compared with: cross entropy of an expert's tokens (B, C) under logits (B, C, V), in nats per token,
     mean over a row's tokens, then over rows. Off-policy: the tokens are not the student's."""
-    nll = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none") * mask  # (B, C)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * mask  # (B, C)
     return (nll.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
@@ -224,6 +231,12 @@ def train_step(
                  to write "Based on the example"
     micro_batch  rows scored at a time; fewer save memory and change nothing else
     """
+    if len(prompts) != len(teacher_prompts) or skip_tokens < 0 or (micro_batch or 1) < 1:
+        raise ValueError(
+            f"{len(prompts)} prompts need as many teacher_prompts (here {len(teacher_prompts)}), skip_tokens={skip_tokens} must "
+            f"be at least 0, micro_batch={micro_batch} at least 1"
+        )
+    optimizer.zero_grad(set_to_none=True)
     completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)  # Alg. 1, step 2
     scored = mask.clone()  # (B, C)
     scored[:, :skip_tokens] = False

@@ -13,6 +13,7 @@ Writes to --out_dir: metrics.jsonl (a line per log line), results.json, base.pt,
 
 import argparse
 import copy
+import inspect
 import json
 import math
 import os
@@ -61,13 +62,9 @@ def parse_args(argv=None):
     for name in ("steps", "sft_steps", "batch_size", "pretrain_steps", "log_lines"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
-    for name in ("lr", "sft_lr"):
-        if not getattr(args, name) > 0:
-            p.error(f"--{name} must be positive")
-    if args.seed < 0:
-        p.error("--seed must not be negative")
-    if not args.temperature >= 0:
-        p.error("--temperature must not be negative; 0 is greedy")
+    for name, (low, high) in {"lr": (1e-12, 1), "sft_lr": (1e-12, 1), "temperature": (0, 100), "seed": (0, 2**63 - 1)}.items():
+        if not low <= getattr(args, name) <= high:  # NaN fails too
+            p.error(f"--{name} must lie between {low} and {high}")
     if not args.batch_size <= 400:
         p.error("--batch_size must be at most 400, the number of training prompts of a skill")
     if not 0 <= args.ema_alpha <= 1:
@@ -92,20 +89,22 @@ def main(argv=None):
         "torch": torch.__version__,
     }
 
-    out = args.out_dir
+    out, base_file = args.out_dir, args.out_dir / "base.pt"
+    print(f"device {device}, {config['threads']} threads, torch {torch.__version__}, seed {args.seed}")
+    base = load_base(base_file, args.seed, args.pretrain_steps, device)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "retention.png"):  # of an earlier run, not to be taken for this one's
+        for name in ("results.json", "retention.png", "sft.pt", "sdft.pt"):  # an earlier run's are not to be taken for this one's
             (out / name).unlink(missing_ok=True)
         log = Log(out / "metrics.jsonl")
     except OSError as e:
         sys.exit(f"error: cannot write to --out_dir {out} ({e.strerror}); name a folder that you may write to")
 
-    print(f"device {device}, {config['threads']} threads, torch {torch.__version__}, seed {args.seed}")
-    start = time.perf_counter()
-    seconds = {}
-    base, cached = load_or_pretrain(out / "base.pt", args.seed, args.pretrain_steps, device, log)
-    seconds["pretrain"] = 0.0 if cached else time.perf_counter() - start
+    start, seconds = time.perf_counter(), {"pretrain": 0.0}
+    if base is None:
+        base = pretrain(args.seed, args.pretrain_steps, device, log)
+        save(base, base_file, base_config(args.seed, args.pretrain_steps))
+        seconds["pretrain"] = time.perf_counter() - start
 
     test = {name: head(toy.skill(name, "test", args.seed), 400 if name in toy.NEW else 100) for name in toy.KNOWN}
     new = {name: test[name] for name in toy.NEW}
@@ -143,7 +142,7 @@ def main(argv=None):
 
 
 def schedule(optimizer, lr, step, steps, warmup=10):
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up times a cosine to zero."""
     rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -209,21 +208,21 @@ def run_stages(student, arm, settings, test, args, log, out):
     style = settings.pop("style", "expert")
     val = {name: head(toy.skill(name, "val", args.seed), 100 if name in toy.NEW else 25) for name in toy.KNOWN}
     log.begin(arm, settings["steps"] * len(toy.NEW), args.log_lines * len(toy.NEW))
+    save(student, out / f"{arm}.pt")  # what is left where a stage fails
     rows = []
     for name in toy.NEW:
-
-        def on_step(loss, tokens):
-            log.step(loss, tokens, name, lambda: measure(student, {k: v for k, v in val.items() if k == name or k in toy.PRIOR}))
-
+        data = toy.skill(name, "train", args.seed, style)
+        watched = {k: v for k, v in val.items() if k == name or k in toy.PRIOR}
+        on_step = lambda loss, tokens: log.step(loss, tokens, name, lambda: measure(student, watched))
+        log.last = time.perf_counter()
         try:
-            data = toy.skill(name, "train", args.seed, style)
             fine_tune(student, data, batch_size=args.batch_size, seed=args.seed, on_step=on_step, **settings)
+            length = evaluate(student, {name: test[name]})[1][name]
+            rows.append({"after": name} | measure(student, test, sampled=True) | {"length": length})
         except FloatingPointError as e:
-            save(student, out / f"{arm}.pt")
-            sys.exit(f"error: {arm} on {name}, update {log.done + 1}: {e}; the weights before it are in {out / f'{arm}.pt'}")
-        length = evaluate(student, {name: test[name]})[1][name]
-        rows.append({"after": name} | measure(student, test, sampled=True) | {"length": length})
-    save(student, out / f"{arm}.pt")
+            kept = f"the weights of the last finished stage, or the base's, are in {out / f'{arm}.pt'}"
+            sys.exit(f"error: {arm} on {name}, update {log.done + 1}: {e}; {kept}")
+        save(student, out / f"{arm}.pt")
     return rows
 
 
@@ -263,9 +262,9 @@ def pick_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError):
+    except Exception:  # every backend has its own
         sys.exit(f"error: --device {name} is not available with this torch {torch.__version__}; leave the flag out, or use cpu")
 
 
@@ -284,24 +283,28 @@ def save(model, path, config=None):
     write_atomically(path, lambda tmp: torch.save({"config": config, "model": model.state_dict()}, tmp))
 
 
-def load_or_pretrain(path, seed, steps, device, log):
-    """The base in `path` where it was made with the same settings, otherwise a new one, which is then kept there."""
-    world = zlib.crc32(Path(toy.__file__).read_bytes())  # a base knows the world that it was made in, and no other
-    config = {**MODEL, "seed": seed, "steps": steps, "world": world}
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-            if saved["config"] == config:
-                model = GPT(GPTConfig(**MODEL)).to(device)
-                model.load_state_dict(saved["model"])
-                print(f"base from {path}")
-                return model, True
-        except Exception:  # whatever a damaged file makes torch.load raise
-            sys.exit(f"error: {path} is damaged or not a base of this program; delete it to pretrain again")
-        print(f"{path} was made with other settings: pretraining again")
-    model = pretrain(seed, steps, device, log)
-    save(model, path, config)
-    return model, False
+def base_config(seed, steps):
+    """What a base was made from: its settings, and the code of the world, the model and the pretraining."""
+    code = Path(toy.__file__).read_text() + inspect.getsource(GPT) + inspect.getsource(pretrain)
+    return {**MODEL, "seed": seed, "steps": steps, "code": zlib.crc32(code.encode())}
+
+
+def load_base(path, seed, steps, device):
+    """The base in `path`, or None where there is none that was made from the same."""
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        fits = saved["config"] == base_config(seed, steps)
+    except Exception:  # whatever a damaged file makes torch.load raise
+        sys.exit(f"error: {path} is damaged or not a base of this program; delete it to pretrain again")
+    if not fits:
+        print(f"{path} was made with other settings or code: pretraining again")
+        return None
+    model = GPT(GPTConfig(**MODEL))
+    model.load_state_dict(saved["model"])
+    print(f"base from {path}")
+    return model.to(device)
 
 
 class Log:
@@ -341,9 +344,9 @@ COLUMNS = [*toy.NEW, "prior"]
 def print_table(results):
     arms = ("sft", "sdft")
     for suffix, how in (("", "greedy"), ("_sampled", "sampled at temperature 1")):
-        columns = [c + suffix for c in COLUMNS] + ["length"]
+        columns = [c + suffix for c in COLUMNS] + ["length"] * (not suffix)  # the length is that of greedy responses
         print(f"\naccuracy on unseen inputs, {how}; the prior skills are never trained on")
-        print(" " * 8 + "".join(f"{arm.upper():>14}" + " " * 24 for arm in arms).rstrip())
+        print(" " * 8 + "".join(f"{arm.upper():>14}".ljust(7 * len(columns) + 3) for arm in arms).rstrip())
         print("after   " + "   ".join("".join(f"{c.removesuffix(suffix):>7}" for c in columns) for _ in arms))
         for stage in range(-1, len(toy.NEW)):
             rows = [results["base"] if stage < 0 else results[arm][stage] for arm in arms]
@@ -405,20 +408,23 @@ def report(folders):
         "end XYZ, sampled": lambda rows: mean_end(rows, "_sampled"),
         "end prior, sampled": lambda rows: rows[-1]["prior_sampled"],
     }
+    # runs that differ in anything else are not seeds of one another: they are named by their folders and not averaged
+    settings = lambda config: {k: v for k, v in config.items() if k not in ("seed", "out_dir", "device", "threads", "torch")}
     runs = []
     for folder in folders:
         try:
             run = json.loads((folder / "results.json").read_text())
             parts = [("base", of_base), ("sft", of_stages), ("sdft", of_stages)]
             runs.append({part: [float(metric(run[part])) for metric in metrics.values()] for part, metrics in parts})
-            runs[-1]["label"] = f"seed {run['config']['seed']}"
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            runs[-1] |= {"label": f"seed {run['config']['seed']}", "folder": str(folder), "config": settings(run["config"])}
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             sys.exit(f"error: there is no readable results.json in {folder}; --report takes --out_dir of finished runs")
+    alike = all(run["config"] == runs[0]["config"] for run in runs)
     for part, metrics in parts:
         print(f"\n| {part.upper()} | " + " | ".join(metrics) + " |\n" + "|---" * (len(metrics) + 1) + "|")
         for run in runs:
-            print(f"| {run['label']} | " + " | ".join(f"{v:.2f}" for v in run[part]) + " |")
-        if len(runs) > 1:
+            print(f"| {run['label' if alike else 'folder']} | " + " | ".join(f"{v:.2f}" for v in run[part]) + " |")
+        if alike and len(runs) > 1:
             values = [run[part] for run in runs]
             spread = zip(np.mean(values, 0), np.std(values, 0, ddof=1))
             print("| mean ± sd | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in spread) + " |")
