@@ -4,6 +4,7 @@ Oracles are independent of the code under test: torch.distributions, finite diff
 """
 
 import copy
+import inspect
 import json
 import re
 import subprocess
@@ -240,13 +241,42 @@ def test_padding_and_neighbours_change_no_logit():
         torch.testing.assert_close(together[i], alone)
 
 
-def test_prefill_and_decode_with_a_ragged_cache_equal_one_plain_forward():
-    model, tokens, pad = small_model(), torch.randint(1, 13, (3, 10)), torch.tensor([0, 4, 2])
+def test_the_model_is_gpt2_computed_by_hand():
+    """GPT-2 written out for one row: pre-norm, tanh GELU, causal attention by loops over heads, tied head."""
+    model, tokens = small_model(), torch.tensor([3, 1, 4, 1, 5])
+    w, H, D, T = model.state_dict(), 2, 16, len(tokens)
+    norm = lambda x, k: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * w[k + ".weight"] + w[k + ".bias"]
+    linear = lambda x, k: x @ w[k + ".weight"].T + w[k + ".bias"]
+    gelu = lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
+    for layer in range(2):
+        q, k, v = linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn").split(D, -1)
+        heads = []
+        for h in range(H):
+            part = slice(h * D // H, (h + 1) * D // H)
+            score = (q[:, part] @ k[:, part].T / (D / H) ** 0.5).masked_fill(torch.ones(T, T).triu(1) == 1, float("-inf"))
+            heads.append(score.softmax(-1) @ v[:, part])
+        x = x + linear(torch.cat(heads, -1), f"h.{layer}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
+    torch.testing.assert_close(model(tokens[None])[0], norm(x, "ln_f") @ w["wte.weight"].T)
+
+
+def test_residual_projections_start_smaller_the_deeper_the_model():
+    torch.manual_seed(0)
+    block = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=8, n_head=2, n_embd=64)).h[0]
+    for layer in (block.attn.c_proj, block.mlp.c_proj):
+        assert layer.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
+    assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05) and not block.mlp.c_fc.bias.any()
+
+
+@pytest.mark.parametrize("pad", [torch.tensor([0, 4, 2]), None], ids=["ragged", "even"])
+def test_prefill_and_decode_with_a_cache_equal_one_plain_forward(pad):
+    model, tokens = small_model(), torch.randint(1, 13, (3, 10))
     with torch.no_grad():
         whole = model(tokens, pad)
         cache = KVCache(model, 3, 10)
         parts = torch.cat([model(tokens[:, a:b], pad, cache) for a, b in [(0, 5), (5, 6), (6, 9), (9, 10)]], 1)
-        for i, n in enumerate(pad.tolist()):
+        for i, n in enumerate([0, 0, 0] if pad is None else pad.tolist()):
             torch.testing.assert_close(parts[i, n:], whole[i, n:])
             torch.testing.assert_close(parts[i, n:], model(tokens[i : i + 1, n:])[0])
 
@@ -264,11 +294,18 @@ def test_student_and_teacher_logits_align_on_the_completion_though_prompts_diffe
 
 
 @pytest.mark.parametrize(
-    "prompts, words", [([], "at least one prompt"), ([[1], []], "at least one token"), ([[1] * 20], "block_size=24")]
+    "prompts, settings, words",
+    [
+        ([], {}, "at least one prompt"),
+        ([[1], []], {}, "at least one token"),
+        ([[1] * 20], {}, "block_size=24"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
+        ([[1]], dict(temperature=-1), "temperature=-1"),
+    ],
 )
-def test_prompts_that_cannot_be_used_are_refused_before_anything_runs(prompts, words):
+def test_a_rollout_that_cannot_be_is_refused_before_anything_runs(prompts, settings, words):
     with pytest.raises(ValueError, match=words) as e:
-        rollout(small_model(), prompts, 6, EOS)
+        rollout(small_model(), prompts, **(dict(max_new_tokens=6, eos_id=EOS) | settings))
     assert "\n" not in str(e.value)
 
 
@@ -297,6 +334,55 @@ def step(student, teacher, seed=0, lr=0.1, prompts=PROMPTS, teacher_prompts=TEAC
     optimizer = torch.optim.SGD(student.parameters(), lr=lr)
     g = torch.Generator().manual_seed(seed)
     return train_step(student, teacher, optimizer, prompts, teacher_prompts, 6, EOS, generator=g, **kw)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("reduction, temperature", [("sequence", 1.0), ("token", 0.5)])
+def test_a_step_is_algorithm_1_computed_by_hand(kl, reduction, temperature):
+    student, teacher, alpha, lr, clip = small_model(0), small_model(1), 0.25, 0.1, 0.05
+    # step 2: the student's own response, by the uncached twin
+    replies = uncached_rollout(student, PROMPTS, 6, temperature, torch.Generator().manual_seed(9))
+    # steps 3 and 4: row by row, without padding; the first token is skipped
+    rows = []
+    for prompt, teacher_prompt, y in zip(PROMPTS, TEACHER_PROMPTS, replies):
+        s = student(torch.tensor([prompt + y]))[0, len(prompt) - 1 : -1]
+        t = teacher(torch.tensor([teacher_prompt + y]))[0, len(teacher_prompt) - 1 : -1].detach()
+        rows.append(oracle_kl(s, t, kl)[1:])
+    assert len({len(r) for r in rows}) > 1
+    if reduction == "sequence":
+        loss = sum(r.mean() if len(r) else r.sum() for r in rows) / len(rows)
+    else:
+        loss = torch.cat(rows).mean()
+    # step 5: clipped gradient descent, then the EMA of the new student
+    grads = dict(zip(dict(student.named_parameters()), torch.autograd.grad(loss, student.parameters())))
+    scale = clip / torch.stack([g.norm() for g in grads.values()]).norm()
+    assert scale < 1  # or the clip would not be tested
+    new = {k: p.detach() - lr * scale * grads[k] for k, p in student.named_parameters()}
+    ema = {k: alpha * new[k] + (1 - alpha) * p.detach() for k, p in teacher.named_parameters()}
+
+    optimizer = torch.optim.SGD(student.parameters(), lr=lr)
+    got, info = train_step(
+        student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 6, EOS, kl=kl, reduction=reduction, alpha=alpha, clip=clip,
+        temperature=temperature, skip_tokens=1, micro_batch=3, generator=torch.Generator().manual_seed(9),
+    )  # fmt: skip
+    assert [c[m].tolist() for c, m in zip(info["completions"], info["mask"])] == replies
+    assert got == pytest.approx(loss.item(), rel=1e-9)
+    torch.testing.assert_close(dict(student.named_parameters()), new, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(dict(teacher.named_parameters()), ema, rtol=1e-5, atol=1e-7)
+
+
+def test_the_defaults_of_a_step_are_the_papers():
+    p = {k: v.default for k, v in inspect.signature(train_step).parameters.items()}
+    assert (p["kl"], p["reduction"], p["alpha"], p["temperature"], p["clip"], p["skip_tokens"]) == ("reverse", "sequence", 0.02, 1.0, 1.0, 0)
+
+
+@pytest.mark.parametrize("wrong", [dict(teacher_prompts=[[1]]), dict(skip_tokens=-1), dict(micro_batch=0 - 1)])
+def test_a_step_refuses_wrong_arguments_before_anything_runs(wrong):
+    student = small_model()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match="must"):
+        step(student, copy.deepcopy(student), **wrong)
+    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -379,15 +465,29 @@ def test_ema_follows_small_updates_and_refuses_weights_too_coarse_for_them():
         ema_update(teacher.bfloat16(), student, 0.01)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_refused_with_the_weights_untouched(bad):
+@pytest.mark.parametrize("loss, gradient", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
+def test_a_loss_or_gradient_that_is_not_finite_is_refused_with_the_weights_untouched(loss, gradient):
     student = small_model()
     before = copy.deepcopy(student.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
-    (student(torch.tensor([[1, 2]])).sum() * bad).backward()
+    for p in student.parameters():
+        p.grad = torch.full_like(p, gradient)
     with pytest.raises(FloatingPointError, match="not finite"):
-        update(student, optimizer, bad)
+        update(student, optimizer, loss)
     torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_whose_logits_are_not_finite_says_nothing_rather_than_something(temperature):
+    model = small_model()
+    with torch.no_grad():
+        model.ln_f.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        rollout(model, PROMPTS, 4, EOS, temperature)
+
+
+def test_the_smallest_temperature_is_greedy():
+    assert torch.equal(rollout(small_model(), PROMPTS, 6, EOS, 1e-40)[0], rollout(small_model(), PROMPTS, 6, EOS, 0)[0])
 
 
 # --- The toy world --------------------------------------------------------------------------------------------------
@@ -428,14 +528,20 @@ def test_training_validation_and_test_inputs_are_disjoint_and_cover_the_world():
 def test_pretraining_teaches_prior_skills_always_and_new_ones_as_often_as_it_says():
     rng = np.random.default_rng(0)
     prompts, answers = toy.pretraining_batch(rng, 20000, with_demonstration=False)
-    right = {}
+    right, said = {}, {}
     for prompt, answer in zip(map(toy.decode, prompts), map(toy.decode, answers)):
+        said.setdefault(prompt[1], []).append(answer)
         if prompt[1] in toy.KNOWN:
             expected = "".join(map(str, by_hand(prompt[1], [int(c) for c in prompt[2:5]]))) + "."
             right.setdefault(prompt[1], []).append(answer == expected)
     assert all(np.mean(right[k]) == 1 for k in toy.PRIOR)
     for k in toy.NEW:  # a random table is right now and then as well
         assert np.mean(right[k]) == pytest.approx(toy.RIGHT + (1 - toy.RIGHT) * 0.01, abs=0.03)
+    for k in toy.UNKNOWN:  # nothing to know: every answer as often as another
+        counts = np.bincount([int(a[:2]) for a in said[k]], minlength=100)
+        assert counts.max() < 12 and (counts > 0).sum() > 50
+    share = [sum(len(said[k]) for k in kind) / 20000 for kind in (toy.PRIOR, toy.NEW, toy.UNKNOWN)]
+    assert share == pytest.approx([0.55, 0.37, 0.08], abs=0.02)
 
 
 def test_pretraining_demonstrations_always_say_what_the_answer_says():
@@ -453,7 +559,7 @@ def test_an_answer_is_right_by_its_content_in_either_style_and_only_if_it_ends()
 
 # --- The whole experiment -------------------------------------------------------------------------------------------
 
-MINIATURE = "--pretrain_steps 60 --steps 3 --sft_steps 3 --batch_size 16 --device cpu".split()
+MINIATURE = "--pretrain_steps 8 --steps 3 --sft_steps 3 --batch_size 16 --device cpu".split()
 
 
 def run_miniature(out, *flags, monkeypatch):
@@ -462,7 +568,7 @@ def run_miniature(out, *flags, monkeypatch):
     return json.loads((out / "results.json").read_text())
 
 
-def test_the_whole_experiment_in_miniature_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+def test_the_whole_experiment_in_miniature_writes_what_it_promises(tmp_path, monkeypatch):
     results = run_miniature(tmp_path / "run", monkeypatch=monkeypatch)
     assert set(results) == {"config", "seconds", "base", "sft", "sdft"}
     assert set(results["seconds"]) == {"pretrain", "sft", "sdft", "total"}
@@ -477,9 +583,6 @@ def test_the_whole_experiment_in_miniature_writes_what_it_promises(tmp_path, mon
     assert {m["phase"] for m in metrics} == {"pretrain", "sft", "sdft"}
     files = {p.name for p in (tmp_path / "run").iterdir()} - {"retention.png"}
     assert files == {"metrics.jsonl", "results.json", "base.pt", "sft.pt", "sdft.pt"}
-    capsys.readouterr()
-    train_toy.main(["--report", str(tmp_path / "run"), str(tmp_path / "run")])
-    assert "mean ± sd" in capsys.readouterr().out
 
 
 def test_a_run_is_reproducible_from_its_seed_with_or_without_the_cached_base(tmp_path, monkeypatch, capsys):
@@ -492,6 +595,36 @@ def test_a_run_is_reproducible_from_its_seed_with_or_without_the_cached_base(tmp
     run_miniature(tmp_path, "--seed", "6", monkeypatch=monkeypatch)
     assert "pretraining again" in capsys.readouterr().out
     assert any(not torch.equal(a, b) for a, b in zip(w1.values(), weights().values()))
+
+
+def test_every_arm_gets_its_own_skill_training_split_and_settings(tmp_path, monkeypatch, capsys):
+    stages, steps = [], []
+    real_fine_tune, real_step = train_toy.fine_tune, train_toy.train_step
+
+    def fine_tune(student, data, method, **kw):
+        stages.append((method, [toy.decode(p) for p in data["prompts"]], data, kw))
+        return real_fine_tune(student, data, method, **kw)
+
+    def train_step(student, teacher, optimizer, prompts, teacher_prompts, *args, **kw):
+        steps.append((list(map(toy.decode, prompts)), list(map(toy.decode, teacher_prompts)), kw))
+        return real_step(student, teacher, optimizer, prompts, teacher_prompts, *args, **kw)
+
+    monkeypatch.setattr(train_toy, "fine_tune", fine_tune)
+    monkeypatch.setattr(train_toy, "train_step", train_step)
+    for flags, style, kl, alpha in [
+        (["--seed", "3"], "expert", "reverse", 0.02),
+        (["--seed", "3", "--sft_style", "own", "--kl", "forward", "--teacher", "frozen"], "own", "forward", 0.0),
+        (["--seed", "3", "--teacher", "live"], "expert", "reverse", 1.0),
+    ]:
+        stages.clear(), steps.clear()
+        run_miniature(tmp_path, *flags, monkeypatch=monkeypatch)
+        assert [(m, prompts[0][1]) for m, prompts, *_ in stages] == [(m, k) for m in ("sft", "sdft") for k in "XYZ"]
+        for method, prompts, data, kw in stages:
+            train = toy.skill(prompts[0][1], "train", 3, style if method == "sft" else "expert")
+            assert all(np.array_equal(data[k], train[k]) for k in train)
+        for prompts, teacher_prompts, kw in steps:
+            assert all(len(t) == 10 and t.startswith(p[:-1] + "!") for p, t in zip(prompts, teacher_prompts))
+            assert (kw["kl"], kw["alpha"]) == (kl, alpha)
 
 
 def command(*flags):
@@ -509,6 +642,10 @@ def command(*flags):
         (["--teacher", "strict"], "frozen"),
         (["--ema_alpha", "2"], "--ema_alpha"),
         (["--steps", "0"], "--steps"),
+        (["--lr", "nan"], "--lr"),
+        (["--sft_lr", "inf"], "--sft_lr"),
+        (["--seed", "9" * 30], "--seed"),
+        (["--device", "meta"], "--device meta"),
         (["--batch_size", "401"], "--batch_size"),
         (["--device", "abacus"], "--device abacus"),
         (["--report", "nowhere"], "nowhere"),
@@ -533,11 +670,35 @@ def test_a_corrupt_cached_base_is_named_with_the_remedy(content, tmp_path):
     assert code != 0 and "base.pt" in stderr and "delete it" in stderr and len(stderr.splitlines()) == 1
 
 
-def test_a_loss_that_explodes_stops_the_run_with_the_step_and_keeps_the_last_good_weights(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"sft on X, update \d+: .*not finite"):
-        run_miniature(tmp_path, "--sft_lr", "1e38", monkeypatch=monkeypatch)
-    kept = torch.load(tmp_path / "sft.pt", weights_only=True)["model"]
+@pytest.mark.parametrize("arm", ["sft", "sdft"])
+def test_a_run_that_explodes_stops_with_the_step_and_keeps_the_last_good_weights(arm, tmp_path, monkeypatch):
+    run_miniature(tmp_path, monkeypatch=monkeypatch)  # an earlier run's results are not to be taken for this one's
+    fine_tune = train_toy.fine_tune
+    monkeypatch.setattr(train_toy, "fine_tune", lambda *a, lr, **kw: fine_tune(*a, lr=1e38 if kw["method"] == arm else lr, **kw))
+    with pytest.raises(SystemExit, match=rf"{arm} on X, update \d+: .*not finite"):
+        run_miniature(tmp_path, monkeypatch=monkeypatch)
+    kept = torch.load(tmp_path / f"{arm}.pt", weights_only=True)["model"]
     assert all(torch.isfinite(v).all() for v in kept.values()) and not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"base": 1}', '{"config": {"seed": 0}, "base": {}, "sft": [], "sdft": []}'])
+def test_results_that_cannot_be_reported_are_named(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match="no readable results.json"):
+        train_toy.main(["--report", str(tmp_path)])
+
+
+def test_runs_with_different_settings_are_not_averaged(tmp_path, monkeypatch, capsys):
+    results = run_miniature(tmp_path / "a", monkeypatch=monkeypatch)
+    for name, change in [("b", {"seed": 2, "out_dir": "b"}), ("c", {"kl": "jsd"})]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results | {"config": results["config"] | change}))
+    capsys.readouterr()
+    train_toy.main(["--report", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "mean ± sd" in capsys.readouterr().out
+    train_toy.main(["--report", str(tmp_path / "a"), str(tmp_path / "c")])
+    said = capsys.readouterr().out
+    assert "mean ± sd" not in said and str(tmp_path / "c") in said
 
 
 # --- The front page -------------------------------------------------------------------------------------------------
