@@ -189,7 +189,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """config.json and the weights, as transformers' GPT2LMHeadModel reads them: model.safetensors where safetensors is
         installed, otherwise pytorch_model.bin. Raises OSError with one sentence."""
-        folder, eos = Path(folder), self.config.vocab_size - 1
+        folder, eos = Path(folder), min(50256, self.config.vocab_size - 1)  # padded vocabularies end elsewhere
         state = {k: (v.t() if k.endswith(CONV1D) else v).detach().cpu().contiguous() for k, v in self.state_dict().items()}
         state = {f"transformer.{k}": v for k, v in state.items()}
         fields = ONLY | {theirs: getattr(self.config, ours) for ours, theirs in CONFIG_FIELDS.items()}
