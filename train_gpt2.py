@@ -317,7 +317,7 @@ def train(run, args, device):
                         generator=generators(args, step, mine, device), sync=average_gradients,
                     )  # fmt: skip
         except FloatingPointError as e:
-            fail(f"step {step + 1}: {e}; the last checkpoint in {out / 'checkpoints'} is from before")
+            fail(f"step {step + 1}: {e}; {out / 'checkpoints'} is from before it")
         mask, kl = info["mask"], info.get("kl")
         cut = 0 if kl is None else (mask.all(1) & (info["completions"][:, -1] != eos)).sum().item()  # never ended
         sums = torch.tensor([loss * share, 0 if kl is None else kl.sum().item(), mask.sum().item(), cut, len(stop)], device=device)
@@ -620,8 +620,17 @@ def prepare(args, saved, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.report:
-        return report(args.report)
+    try:
+        report(args.report) if args.report else fine_tune(args)
+    except (OSError, FloatingPointError) as e:
+        fail(e)
+    except torch.OutOfMemoryError:
+        fail("the device's memory is full; lower --micro_batch, --max_new_tokens or --batch_size")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; where a checkpoint was saved, --resume goes on from it")
+
+
+def fine_tune(args):
     out = Path(args.out_dir)
     saved = load_checkpoint(out / "checkpoints") if args.resume else None
     if saved:
@@ -683,11 +692,4 @@ def close(code):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as e:
-        fail(str(e))
-    except torch.OutOfMemoryError:
-        fail("the device's memory is full; lower --micro_batch, --max_new_tokens or --batch_size")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the last checkpoint, if there is one, goes on with --resume")
+    main()
