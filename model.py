@@ -166,9 +166,11 @@ class GPT(nn.Module):
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
         state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
         head = state.pop("lm_head.weight", None)
-        layers = {k.split(".")[1] for k in state if k.startswith("h.")}
-        if len(layers) != config.n_layer:  # before anything of that size is built
-            raise ValueError(f"{name_or_path} has {len(layers)} layers, its config.json says {config.n_layer}; fetch it again")
+        c, layers = config, {k.split(".")[1] for k in state if k.startswith("h.")}
+        said = c.n_layer, (c.vocab_size, c.n_embd), (c.block_size, c.n_embd)
+        if said != (len(layers), *(tuple(state[k].shape) if k in state else None for k in ("wte.weight", "wpe.weight"))):
+            # before anything of that size is built
+            raise ValueError(f"{name_or_path}: weights and config.json are of different sizes; fetch both again")
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
             model = cls(config)
         own = model.state_dict()

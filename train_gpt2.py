@@ -90,19 +90,14 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out_dir with the settings of its run; start where there is none")
     add("--report", nargs="+", metavar="RUN", help="print a table of these finished runs and stop")
     args = p.parse_args(argv)
-    for name in ("max_new_tokens", "steps", "batch_size", "log_every", "eval_every", "sample_every", "save_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be at least 1")
-    for name in ("skip_tokens", "warmup", "seed", "temperature", "weight_decay"):
-        if not 0 <= getattr(args, name) < 2**63:
-            p.error(f"--{name} must be a number that is not negative")
-    for name in ("lr", "clip"):
-        if not 0 < getattr(args, name) < math.inf:
-            p.error(f"--{name} must be a positive number")
-    if not 0 <= args.ema_alpha <= 1:
-        p.error("--ema_alpha must lie between 0 (frozen) and 1 (live)")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        p.error("--micro_batch must be at least 1")
+    whole = ("max_new_tokens", "steps", "batch_size", "micro_batch", "log_every", "eval_every", "sample_every", "save_every")
+    limits = dict.fromkeys(whole, (1, 2**31)) | {"skip_tokens": (0, 2**31), "warmup": (0, 2**31), "seed": (0, 2**63 - 1)}
+    limits |= {"batch_size": (1, 2**16), "lr": (0, 1), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "ema_alpha": (0, 1)}
+    for name, (low, high) in limits.items():
+        if not low <= (low if getattr(args, name) is None else getattr(args, name)) <= high:  # NaN fails too
+            p.error(f"--{name} must lie between {low} and {high}")
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
+        p.error("--temperature must be 0 (greedy) or lie between 0.01 and 100")
     if not args.report and not args.out_dir:
         p.error("--out_dir is missing: name a folder for what the run writes")
     return args
@@ -316,7 +311,9 @@ def train(run, args, device):
                         skip_tokens=args.skip_tokens, micro_batch=args.micro_batch,
                         generator=generators(args, step, mine, device), sync=average_gradients,
                     )  # fmt: skip
-        except FloatingPointError as e:
+        except (FloatingPointError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "probability tensor" not in str(e):  # what sampling from NaN raises
+                raise
             fail(f"step {step + 1}: {e}; {out / 'checkpoints'} is from before it")
         mask, kl = info["mask"], info.get("kl")
         cut = 0 if kl is None else (mask.all(1) & (info["completions"][:, -1] != eos)).sum().item()  # never ended
