@@ -272,7 +272,10 @@ def write_atomically(path, write):
     """write(tmp), to the disk, then rename: whoever looks, after a power cut too, sees the old file or the whole new one."""
     tmp = path.with_name(f".{path.name}.tmp")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         write(tmp)
+        tmp.chmod(mode)  # safetensors leaves a file that nobody else may read
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)

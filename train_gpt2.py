@@ -38,7 +38,7 @@ import tiktoken.load
 import torch
 import torch.distributed as dist
 
-from model import GPT, make_folder, write_atomically
+from model import GPT, OPENAI, make_folder, write_atomically
 from sdft import completion_logits, rollout, sdft_loss, sft_loss, student_context, teacher_context, train_step, update
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -112,9 +112,9 @@ def fail(message):
 
 
 def load_encoding(folder):
-    """GPT-2's byte-pair encoding: from vocab.json and merges.txt in the checkpoint's folder, or tiktoken's own."""
-    vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-    if vocab.is_file() and merges.is_file():
+    """GPT-2's byte-pair encoding: from vocab.json and merges.txt in the checkpoint's folder, otherwise tiktoken's own."""
+    vocab, merges = (Path(folder or "") / name for name in ("vocab.json", "merges.txt"))
+    if folder and vocab.is_file() and merges.is_file():
         sha256 = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # tiktoken caches by path: a file may have changed
         try:
             ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(vocab), sha256(merges), sha256(vocab))
@@ -250,8 +250,8 @@ def batches(pairs, size, block_size):
 
 
 def sft_step(student, optimizer, rows, eos, args, sync):
-    """One supervised update on the demonstrations; returns what `train_step` does."""
-    device, total, lengths = student.wte.weight.device, 0.0, [len(r["demonstration_ids"]) for r in rows]
+    """One supervised update on the demonstrations; returns the loss and info, as `train_step` does."""
+    device, total = student.wte.weight.device, 0.0
     pairs = [(r["prompt_ids"], r["demonstration_ids"]) for r in rows]
     for prompts, demonstrations in batches(pairs, args.micro_batch or len(rows), student.config.block_size):
         tokens, mask = pad_right(demonstrations, eos, device)
@@ -260,7 +260,7 @@ def sft_step(student, optimizer, rows, eos, args, sync):
         total += loss.item()
     sync(student)
     update(student, optimizer, total, args.clip)
-    return total, {"mask": torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]}
+    return total, {"mask": pad_right([r["demonstration_ids"] for r in rows], eos, device)[1]}
 
 
 def generators(args, step, indices, device):
@@ -289,9 +289,9 @@ def train(run, args, device):
     share = args.batch_size // WORLD
     mine = range(RANK * share, (RANK + 1) * share)  # places in the minibatch
 
-    stop = []  # a signal waits for the end of the step, so that what is saved is whole; a second one does not
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1) if not stop else signal.default_int_handler())
+    stop = []  # a signal waits for the end of the step, so that what is saved is whole; a second one does not wait
+    for s in (signal.SIGINT, signal.SIGTERM):  # torchrun passes on what the terminal has sent already: no second one there
+        signal.signal(s, lambda *_: signal.default_int_handler() if stop and WORLD == 1 else stop.append(1))
     start = last = time.perf_counter()
     first, tokens = run["step"], 0
     while run["step"] < args.steps:
@@ -337,7 +337,7 @@ def train(run, args, device):
             )
             last, tokens = now, 0
         if RANK == 0 and (run["step"] % args.sample_every == 0 or done):
-            save_samples(run, args, [r for r in rows[:3]], generators(args, step, mine, device)[:3], device)
+            save_samples(run, args, rows[:3], generators(args, step, mine, device)[:3], device)
         if RANK == 0 and run["step"] % args.eval_every == 0 and not done:
             log(out, {"step": run["step"], "eval": (scores := evaluate(student, run, args, device))})
             say(f"step {run['step']:5}/{args.steps}  " + "  ".join(f"{COLUMNS[k][0]} {show(k, scores)}" for k in COLUMNS))
@@ -393,7 +393,9 @@ def evaluate(model, run, args, device):
                     logits = (completion_logits(m, prompts, completions) for m in (model, run["base"]))
                     kl += sdft_loss(*logits, mask)[1]["kl"].sum().item()
             if sets[name]:
-                scores |= {"exact": np.mean(exact), "lenient": np.mean(lenient), "length": np.mean(length), "kl_to_base": kl / sum(length)} if name == "test" else {"ood": np.mean(lenient)}  # fmt: skip
+                scores["lenient" if name == "test" else "ood"] = np.mean(lenient)
+            if sets["test"] and name == "test":
+                scores |= {"exact": np.mean(exact), "length": np.mean(length), "kl_to_base": kl / sum(length)}
 
         nll, count, right = 0.0, 0, []
         texts = [([eos], r["text_ids"]) for r in sets["prior"] if "text_ids" in r]
@@ -574,6 +576,12 @@ def settings_of(saved, args):
     return argparse.Namespace(**defaults | saved)
 
 
+def source_folder(args):
+    """Where --init_from keeps its weights, and perhaps a vocabulary; None for a model that is downloaded."""
+    source = Path(args.init_from)
+    return None if args.init_from in OPENAI else source if source.is_dir() else source.parent
+
+
 def prepare(args, saved, device):
     """Model, teacher, optimiser, encoding and data: everything that `train` and `evaluate` read."""
     if not args.data:
@@ -584,8 +592,7 @@ def prepare(args, saved, device):
         base = GPT.from_pretrained(args.init_from).to(device)
     except (ValueError, OSError) as e:
         fail(f"--init_from {args.init_from}: {e}")
-    source = Path(args.init_from)
-    enc = load_encoding(source if source.is_dir() else source.parent)
+    enc = load_encoding(source_folder(args))
     if enc.n_vocab > base.config.vocab_size:
         fail(
             f"--init_from {args.init_from} has a vocabulary of {base.config.vocab_size}, the encoding {enc.n_vocab}; put the "
@@ -634,7 +641,7 @@ def fine_tune(args):
         args = settings_of(saved["args"], args)
     elif not args.resume and ((out / "results.json").exists() or checkpoints(out / "checkpoints")):
         fail(f"{out} already holds a run; go on with it by --resume, or choose another --out_dir")
-    elif out.exists() and Path(args.init_from).exists() and out.resolve() in (Path(args.init_from).resolve(), Path(args.init_from).resolve().parent):
+    elif (source := source_folder(args)) and out.resolve() == source.resolve():
         fail(f"--out_dir {out} is where --init_from lies, which it would overwrite; choose another --out_dir")
     if args.batch_size % WORLD:
         fail(f"--batch_size {args.batch_size} must be a multiple of the {WORLD} processes; change one of them")
@@ -669,10 +676,9 @@ def fine_tune(args):
         final = evaluate(run["student"], run, args, device)
         log(out, {"step": run["step"], "eval": final})
         run["student"].save_pretrained(out)
-        source = Path(args.init_from) if Path(args.init_from).is_dir() else Path(args.init_from).parent
-        for name in TOKENIZER_FILES:  # a checkpoint's own vocabulary goes where its weights go
-            if (source / name).is_file() and Path(args.init_from).exists():
-                write_atomically(out / name, lambda tmp: shutil.copyfile(source / name, tmp))
+        if source := source_folder(args):  # a checkpoint's own vocabulary goes where its weights go
+            for file in (source / name for name in TOKENIZER_FILES if (source / name).is_file()):
+                write_atomically(out / file.name, lambda tmp: shutil.copyfile(file, tmp))
         results = {"config": vars(args), "base": run["scores"]["base"], "final": final, "seconds": time.perf_counter() - began}
         write_atomically(out / "results.json", lambda tmp: tmp.write_text(json.dumps(results, indent=1) + "\n"))
         print_table([("base", run["scores"]["base"]), (f"{args.method}, {args.steps} steps", final)])
