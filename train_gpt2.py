@@ -329,7 +329,7 @@ def train(run, args, device):
             row = {"step": run["step"], "loss": total / args.batch_size, "kl": None if kl is None else kl_sum / count}
             row |= {"length": count / args.batch_size, "truncated": cut / args.batch_size, "lr": learning_rate(args, step)}
             row |= {"tokens_per_s": tokens / (now - last), "seconds": now - start}
-            log(out, row)
+            append(out / "metrics.jsonl", row)
             left = (now - start) / (run["step"] - first) * (args.steps - run["step"])
             say(
                 f"step {run['step']:5}/{args.steps}  loss {row['loss']:.4f}  KL {'-' if kl is None else format(row['kl'], '.4f')}  "
@@ -339,7 +339,7 @@ def train(run, args, device):
         if RANK == 0 and (run["step"] % args.sample_every == 0 or done):
             save_samples(run, args, rows[:3], generators(args, step, mine, device)[:3], device)
         if RANK == 0 and run["step"] % args.eval_every == 0 and not done:
-            log(out, {"step": run["step"], "eval": (scores := evaluate(student, run, args, device))})
+            append(out / "metrics.jsonl", {"step": run["step"], "eval": (scores := evaluate(student, run, args, device))})
             say(f"step {run['step']:5}/{args.steps}  " + "  ".join(f"{COLUMNS[k][0]} {show(k, scores)}" for k in COLUMNS))
             last, tokens = time.perf_counter(), 0
         if RANK == 0 and (run["step"] % args.save_every == 0 or done or stopped):
@@ -360,9 +360,9 @@ def normal(text):
 
 
 def contains(response, answer):
-    """The answer's words stand in the response, in order and whole: a lenient match."""
+    """The answer's words stand in the response, in order and whole: a lenient match. Signs count only where there are no words."""
     words = lambda text: " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
-    return words(answer).strip() != "" and words(answer) in words(response)
+    return words(answer) in words(response) if words(answer).strip() else normal(response) == normal(answer)
 
 
 def decode(enc, ids):
@@ -387,15 +387,15 @@ def evaluate(model, run, args, device):
                 completions, mask = rollout(model, prompts, args.max_new_tokens, eos, temperature=0)
                 said = [decode(enc, ids) for ids in completions.tolist()]
                 exact += [normal(s) == normal(r["answer"]) for s, r in zip(said, rows)]
-                lenient += [contains(s, r["answer"]) or normal(s) == normal(r["answer"]) for s, r in zip(said, rows)]
+                lenient += [contains(s, r["answer"]) for s, r in zip(said, rows)]
                 length += mask.sum(1).tolist()
                 if name == "test" and model is not run["base"]:
                     logits = (completion_logits(m, prompts, completions) for m in (model, run["base"]))
                     kl += sdft_loss(*logits, mask)[1]["kl"].sum().item()
-            if sets[name]:
-                scores["lenient" if name == "test" else "ood"] = np.mean(lenient)
-            if sets["test"] and name == "test":
-                scores |= {"exact": np.mean(exact), "length": np.mean(length), "kl_to_base": kl / sum(length)}
+            if name == "ood" and lenient:
+                scores["ood"] = np.mean(lenient)
+            elif lenient:
+                scores |= {"exact": np.mean(exact), "lenient": np.mean(lenient), "length": np.mean(length), "kl_to_base": kl / sum(length)}
 
         nll, count, right = 0.0, 0, []
         texts = [([eos], r["text_ids"]) for r in sets["prior"] if "text_ids" in r]
@@ -443,23 +443,19 @@ def say(line):
 
 
 def append(path, row):
-    try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as e:
-        fail(f"cannot write {path} ({e.strerror}); free some space or choose another --out_dir")
-
-
-def log(out, row):
     if RANK == 0:
-        append(out / "metrics.jsonl", row)
+        try:
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as e:
+            fail(f"cannot write {path} ({e.strerror}); free some space or choose another --out_dir")
 
 
 def forget_after(path, step):
     """Drop the lines of a log that a resumed run writes again, and a last line that a kill left unfinished."""
     if path.exists():
         keep = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines() cuts at U+2028 too
             try:
                 keep += [line + "\n"] if json.loads(line)["step"] <= step else []
             except (ValueError, KeyError, TypeError):
@@ -661,7 +657,7 @@ def fine_tune(args):
             forget_after(out / name, run["step"] if saved else -1)
         if not saved:
             run["scores"] = {"base": evaluate(run["base"], run, args, device)}
-            log(out, {"step": 0, "eval": run["scores"]["base"]})
+            append(out / "metrics.jsonl", {"step": 0, "eval": run["scores"]["base"]})
             save_checkpoint(out / "checkpoints", run, args)  # from here on the folder can be resumed
         say("base  " + "  ".join(f"{COLUMNS[k][0]} {show(k, run['scores']['base'])}" for k in COLUMNS))
     if saved:
@@ -674,7 +670,7 @@ def fine_tune(args):
         return close(130)
     if RANK == 0:
         final = evaluate(run["student"], run, args, device)
-        log(out, {"step": run["step"], "eval": final})
+        append(out / "metrics.jsonl", {"step": run["step"], "eval": final})
         run["student"].save_pretrained(out)
         if source := source_folder(args):  # a checkpoint's own vocabulary goes where its weights go
             for file in (source / name for name in TOKENIZER_FILES if (source / name).is_file()):
