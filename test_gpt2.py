@@ -385,7 +385,7 @@ def test_prior_scores_are_those_of_a_plain_loop_over_tokens(tmp_path, base, data
     for right in (True, False):  # the likeliest continuation of that length scores 1, any other 0
         greedy, _ = rollout(model, [prompt], len(answer), -1, temperature=0)
         row = {"prompt_ids": prompt, "answer_ids": greedy[0].tolist() if right else answer}
-        run = {"enc": enc, "base": model, "sets": {"test": [], "ood": [], "prior": [row]}}
+        run = {"enc": enc, "base": model, "sets": {"train": [], "test": [], "ood": [], "prior": [row]}}
         args = train_gpt2.parse_args(["--out_dir", "x"])
         assert train_gpt2.evaluate(model, run, args, torch.device("cpu")) == {"prior_acc": float(right)}
 
@@ -396,7 +396,8 @@ def test_a_run_writes_what_it_promises_and_the_next_one_starts_from_it(tmp_path,
     printed = capsys.readouterr().out
     assert "| base |" in printed and "| sdft, 4 steps |" in printed and "s left" in printed and "truncated" in printed
     results = json.loads((out / "results.json").read_text())
-    assert set(results["base"]) == set(results["final"]) == set(train_gpt2.COLUMNS) and results["base"]["kl_to_base"] == 0
+    assert set(results["base"]) == set(train_gpt2.COLUMNS) | {"with_demonstration"} and results["base"]["kl_to_base"] == 0
+    assert set(results["final"]) == set(train_gpt2.COLUMNS)
     assert results["final"]["kl_to_base"] > 0
     rows = metrics(out)
     assert [r["step"] for r in rows if "eval" in r] == [0, 2, 4] and [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]

@@ -371,31 +371,40 @@ def decode(enc, ids):
     return b"".join(enc.decode_single_token_bytes(i) if i < enc.eot_token else b"\xff" for i in ids).decode("utf-8", "replace")
 
 
+def respond(model, rows, run, args, key="prompt_ids"):
+    """Greedy responses to rows' prompts, a batch at a time: rows, completions (B, C), mask (B, C) and texts."""
+    size, enc = args.micro_batch or args.batch_size, run["enc"]
+    for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
+        completions, mask = rollout(model, [r[key] for r in batch], args.max_new_tokens, enc.eot_token, temperature=0)
+        yield batch, completions, mask, [decode(enc, ids) for ids in completions.tolist()]
+
+
 @torch.no_grad()
 def evaluate(model, run, args, device):
     """Scores of a model, all greedy. Of the new task: exact and lenient matches, mean response length and KL(model ‖ base)
     per token of its responses; OOD: lenient matches; of the prior set: perplexity of the texts, and the share of prompts whose
-    answer is the likeliest continuation, token by token."""
-    enc, sets, scores = run["enc"], run["sets"], {}
-    size, eos, block = args.micro_batch or args.batch_size, run["enc"].eot_token, model.config.block_size
+    answer is the likeliest continuation, token by token. Of the base also lenient matches with a demonstration in its prompt."""
+    base, enc, sets, scores = run["base"], run["enc"], run["sets"], {}
+    size, eos, block = args.micro_batch or args.batch_size, enc.eot_token, model.config.block_size
+    exact, loose, length, kl = [], [], [], 0.0
     with autocast(args, device):
-        for name in ("test", "ood"):
-            exact, lenient, length, kl = [], [], [], 0.0
-            for i in range(0, len(sets[name]), size):
-                rows = sets[name][i : i + size]
-                prompts = [r["prompt_ids"] for r in rows]
-                completions, mask = rollout(model, prompts, args.max_new_tokens, eos, temperature=0)
-                said = [decode(enc, ids) for ids in completions.tolist()]
-                exact += [normal(s) == normal(r["answer"]) for s, r in zip(said, rows)]
-                lenient += [contains(s, r["answer"]) for s, r in zip(said, rows)]
-                length += mask.sum(1).tolist()
-                if name == "test" and model is not run["base"]:
-                    logits = (completion_logits(m, prompts, completions) for m in (model, run["base"]))
-                    kl += sdft_loss(*logits, mask)[1]["kl"].sum().item()
-            if name == "ood" and lenient:
-                scores["ood"] = np.mean(lenient)
-            elif lenient:
-                scores |= {"exact": np.mean(exact), "lenient": np.mean(lenient), "length": np.mean(length), "kl_to_base": kl / sum(length)}
+
+        def lenient(rows, key="prompt_ids"):
+            return [contains(s, r["answer"]) for batch, *_, said in respond(model, rows, run, args, key) for s, r in zip(said, batch)]
+
+        for rows, completions, mask, said in respond(model, sets["test"], run, args):
+            exact += [normal(s) == normal(r["answer"]) for s, r in zip(said, rows)]
+            loose += [contains(s, r["answer"]) for s, r in zip(said, rows)]
+            length += mask.sum(1).tolist()
+            if model is not base:
+                logits = (completion_logits(m, [r["prompt_ids"] for r in rows], completions) for m in (model, base))
+                kl += sdft_loss(*logits, mask)[1]["kl"].sum().item()
+        if exact:
+            scores |= {"exact": exact, "lenient": loose, "length": length, "kl_to_base": kl / sum(length)}
+        if sets["ood"]:
+            scores["ood"] = lenient(sets["ood"])
+        if model is base and (rows := [r for r in sets["train"] if r["answer"]]):
+            scores["with_demonstration"] = lenient(rows, "teacher_ids")
 
         nll, count, right = 0.0, 0, []
         texts = [([eos], r["text_ids"]) for r in sets["prior"] if "text_ids" in r]
@@ -409,8 +418,8 @@ def evaluate(model, run, args, device):
             tokens, mask = pad_right(completions, eos, device)
             right += ((completion_logits(model, prompts, tokens).argmax(-1) == tokens) | ~mask).all(1).tolist()
     scores |= {"prior_ppl": math.exp(min(nll / count, 700))} if count else {}
-    scores |= {"prior_acc": np.mean(right)} if right else {}
-    return {k: float(v) for k, v in scores.items()}
+    scores |= {"prior_acc": right} if right else {}
+    return {k: float(np.mean(v)) for k, v in scores.items()}
 
 
 @torch.no_grad()
@@ -659,6 +668,9 @@ def fine_tune(args):
             run["scores"] = {"base": evaluate(run["base"], run, args, device)}
             append(out / "metrics.jsonl", {"step": 0, "eval": run["scores"]["base"]})
             save_checkpoint(out / "checkpoints", run, args)  # from here on the folder can be resumed
+        able = run["scores"]["base"].get("with_demonstration", 1)
+        if args.method == "sdft" and able < 0.5:
+            say(f"note: with the demonstration in its prompt the base answers {able:.0%} right, so there is little to distil")
         say("base  " + "  ".join(f"{COLUMNS[k][0]} {show(k, run['scores']['base'])}" for k in COLUMNS))
     if saved:
         say(f"resumed at step {run['step']}")
