@@ -317,7 +317,8 @@ def train(run, args, device):
             fail(f"step {step + 1}: {e}; {out / 'checkpoints'} is from before it")
         mask, kl = info["mask"], info.get("kl")
         cut = 0 if kl is None else (mask.all(1) & (info["completions"][:, -1] != eos)).sum().item()  # never ended
-        sums = torch.tensor([loss * share, 0 if kl is None else kl.sum().item(), mask.sum().item(), cut, len(stop)], device=device)
+        kl_sum = 0.0 if kl is None else kl.sum().item()
+        sums = torch.tensor([loss * share, kl_sum, mask.sum().item(), cut, len(stop)], device=device)
         if WORLD > 1:
             dist.all_reduce(sums)
         total, kl_sum, count, cut, stopped = sums.tolist()
@@ -360,7 +361,7 @@ def normal(text):
 
 
 def contains(response, answer):
-    """The answer's words stand in the response, in order and whole: a lenient match. Signs count only where there are no words."""
+    """A lenient match: the answer's words stand in the response, whole and in order. An answer without words must be equal."""
     words = lambda text: " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
     return words(answer) in words(response) if words(answer).strip() else normal(response) == normal(answer)
 
@@ -436,10 +437,10 @@ def save_samples(run, args, rows, generator, device):
     token = lambda i: enc.decode_single_token_bytes(i).decode("utf-8", "replace") if i <= enc.eot_token else "\ufffd"
     for b, row in enumerate(rows):
         n = int(mask[b].sum())
-        alternatives = [[[token(i), round(p, 4)] for i, p in zip(*pair)] for pair in zip(top.indices[b].tolist(), top.values[b].tolist())]
-        said = zip(map(token, completions[b].tolist()), kl[b].tolist(), alternatives)
-        tokens = [{"token": t, "kl": round(k, 5), "teacher": a} for t, k, a in list(said)[:n]]
-        line = {"step": run["step"], "prompt": row["prompt"], "response": decode(enc, completions[b, :n].tolist()), "tokens": tokens}
+        ids = completions[b, :n].tolist()
+        best = [[[token(i), round(p, 4)] for i, p in zip(*pair)] for pair in zip(top.indices[b].tolist(), top.values[b].tolist())]
+        tokens = [{"token": token(i), "kl": round(k, 5), "teacher": t} for i, k, t in zip(ids, kl[b].tolist(), best)]
+        line = {"step": run["step"], "prompt": row["prompt"], "response": decode(enc, ids), "tokens": tokens}
         append(Path(args.out_dir) / "samples.jsonl", line)
 
 
@@ -526,9 +527,10 @@ def report(folders):
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             base, final, config = results["base"], results["final"], results["config"]
-            row = (f"base of {folder}", {k: base.get(k) for k in COLUMNS})
-            rows += [row] if row[1] not in [r[1] for r in rows] else []  # runs from one base share its row
-            rows.append((f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}", {k: final.get(k) for k in COLUMNS}))
+            before, after = ({k: scores.get(k) for k in COLUMNS} for scores in (base, final))
+            if before not in [scores for _, scores in rows]:  # runs from one base share its row
+                rows.append((f"base of {folder}", before))
+            rows.append((f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}", after))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             fail(f"there is no readable results.json in {folder}; --report takes --out_dir of finished runs")
     print_table(rows)
@@ -657,7 +659,7 @@ def fine_tune(args):
     make_folder(out)
     say(
         f"{args.method} from {args.init_from}: {sum(p.numel() for p in run['student'].parameters()) / 1e6:.1f}M parameters, "
-        f"{len(sets['train'])} rows, {args.steps} steps of {args.batch_size} = {args.steps * args.batch_size / len(sets['train']):.1f} epochs\n"
+        f"{len(sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
         f"device {device} x {WORLD}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{'bfloat16' if autocast(args, device)._enabled else 'float32'}"
     )
