@@ -662,6 +662,14 @@ def test_a_checkpoint_with_any_byte_changed_or_lost_is_refused_and_the_one_befor
     assert "--data is missing" in error_of("--resume", "--out_dir", tmp_path / "empty")
 
 
+def test_a_report_of_damaged_results_names_the_folder(tmp_path, whole, capsys):
+    good, r = (whole / "results.json").read_bytes(), random.Random(3)
+    odd = [b"[]", b"7", b'{"base": 1, "final": 2, "config": 3}', good.replace(b'"exact": 0.0', b'"exact": "all"')]
+    for content in [good[: r.randint(0, len(good) - 3)] for _ in range(20)] + odd:
+        (tmp_path / "results.json").write_bytes(content)
+        assert str(tmp_path) in error_of("--report", whole, tmp_path)
+
+
 @pytest.mark.parametrize("method", ["sdft", "sft"])
 def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(method, tmp_path, base, data, monkeypatch):
     monkeypatch.setattr(train_gpt2, "learning_rate", lambda args, step: 1e30 if step == 2 else 1e-3)

@@ -511,7 +511,7 @@ def load_checkpoint(folder):
 
 
 def show(key, scores):
-    return COLUMNS[key][1].format(scores[key]) if scores.get(key) is not None else "-"
+    return COLUMNS[key][1].format(scores[key]) if key in scores else "-"
 
 
 def print_table(rows):
@@ -527,11 +527,11 @@ def report(folders):
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             base, final, config = results["base"], results["final"], results["config"]
-            before, after = ({k: scores.get(k) for k in COLUMNS} for scores in (base, final))
+            before, after = ({k: float(scores[k]) for k in COLUMNS if k in scores} for scores in (base, final))
             if before not in [scores for _, scores in rows]:  # runs from one base share its row
                 rows.append((f"base of {folder}", before))
             rows.append((f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}", after))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             fail(f"there is no readable results.json in {folder}; --report takes --out_dir of finished runs")
     print_table(rows)
 
@@ -635,7 +635,7 @@ def main(argv=None):
         report(args.report) if args.report else fine_tune(args)
     except (OSError, FloatingPointError) as e:
         fail(e)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         fail("the device's memory is full; lower --micro_batch, --max_new_tokens or --batch_size")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; where a checkpoint was saved, --resume goes on from it")
