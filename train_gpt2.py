@@ -558,7 +558,7 @@ def pick_device(args):
 
 def autocast(args, device):
     half = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    # no cache of cast weights: one made under no_grad, in the rollout, would cut the gradient of the pass after it
+    # no cache of cast weights: a cast made in the rollout, under no_grad, must not serve the pass that needs its gradient
     return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
