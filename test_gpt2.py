@@ -3,7 +3,6 @@
 A toy-sized GPT-2 checkpoint with a byte-level vocabulary of its own stands in for the real one; every line of code is the same.
 """
 
-import copy
 import hashlib
 import json
 import math

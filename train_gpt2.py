@@ -679,7 +679,10 @@ def fine_tune(args):
     if WORLD > 1:
         dist.barrier()
 
-    if not train(run, args, device):
+    finished = train(run, args, device)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on nothing is lost: all is in a checkpoint
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not finished:
         say(f"stopped after step {run['step']}, saved; go on with: python train_gpt2.py --resume --out_dir {out}")
         return close(130)
     if RANK == 0:
