@@ -9,11 +9,27 @@ tokens only and attention never sees padding, so a row's logits do not depend on
 Shapes: B batch, T new tokens, S cached and new columns, D width, H heads, V vocabulary.
 """
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+OPENAI = {  # the released sizes: layers, heads, width
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}  # fmt: skip
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # kept transposed in checkpoints
+CONFIG_FIELDS = {"block_size": "n_positions"} | {k: k for k in ("vocab_size", "n_layer", "n_head", "n_embd")}  # our name: theirs
+ONLY = {  # what this network computes; a checkpoint that asks for anything else is refused
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+}  # fmt: skip
 
 
 @dataclass
@@ -136,3 +152,135 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """GPT-2's weights: one of the names in OPENAI, downloaded once, or a folder or weights file in Hugging Face's format.
+
+        A name wins over a folder of the same name (write ./gpt2 for that). Raises ValueError or OSError with one sentence.
+        """
+        if str(name_or_path) in OPENAI:
+            config, state = download(str(name_or_path))
+        else:
+            config, state = read_checkpoint(Path(name_or_path))
+        state = {k.removeprefix("transformer."): v for k, v in state.items()}
+        state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
+        head = state.pop("lm_head.weight", None)
+        c, layers = config, {k.split(".")[1] for k in state if k.startswith("h.")}
+        said = c.n_layer, (c.vocab_size, c.n_embd), (c.block_size, c.n_embd)
+        if said != (len(layers), *(tuple(state[k].shape) if k in state else None for k in ("wte.weight", "wpe.weight"))):
+            # before anything of that size is built
+            raise ValueError(f"{name_or_path}: weights and config.json are of different sizes; fetch both again")
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+            model = cls(config)
+        own = model.state_dict()
+        if odd := sorted(set(state) ^ set(own)):
+            what = "lacks" if odd[0] in own else "has the unknown"
+            raise ValueError(f"{name_or_path} {what} weight {odd[0]}; it must be a GPT-2 language model")
+        for k, v in state.items():
+            state[k] = v = (v.t() if k.endswith(CONV1D) else v).float().contiguous()
+            if v.shape != own[k].shape:
+                raise ValueError(f"{name_or_path}: {k} is {tuple(v.shape)}, config.json asks for {tuple(own[k].shape)}; fetch it again")
+            if not torch.isfinite(v).all():
+                raise ValueError(f"{name_or_path}: {k} holds values that are not finite; fetch it again")
+        if head is not None and not torch.equal(head.float(), state["wte.weight"]):
+            raise ValueError(f"{name_or_path} has an output head of its own; only heads tied to the embedding are supported")
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder):
+        """config.json and the weights, as transformers' GPT2LMHeadModel reads them: model.safetensors where safetensors is
+        installed, otherwise pytorch_model.bin. Raises OSError with one sentence."""
+        folder, eos = Path(folder), min(50256, self.config.vocab_size - 1)  # padded vocabularies end elsewhere
+        state = {k: (v.t() if k.endswith(CONV1D) else v).detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        state = {f"transformer.{k}": v for k, v in state.items()}
+        fields = ONLY | {theirs: getattr(self.config, ours) for ours, theirs in CONFIG_FIELDS.items()}
+        fields |= {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32", "tie_word_embeddings": True}
+        fields |= {"bos_token_id": eos, "eos_token_id": eos}
+        make_folder(folder)
+        name, stale = "model.safetensors", "pytorch_model.bin"
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            name, stale, save_file = stale, name, lambda state, tmp, metadata: torch.save(state, tmp)
+        write_atomically(folder / name, lambda tmp: save_file(state, tmp, metadata={"format": "pt"}))
+        write_atomically(folder / "config.json", lambda tmp: tmp.write_text(json.dumps(fields, indent=2) + "\n"))
+        (folder / stale).unlink(missing_ok=True)  # of an earlier save: readers would take it for this one's
+
+
+# --- Checkpoint files -----------------------------------------------------------------------------------------------
+
+
+def download(name):
+    """Configuration and weights of an OpenAI model; torch.hub shows a progress bar and keeps the file."""
+    n_layer, n_head, n_embd = OPENAI[name]
+    url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
+    try:
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{name}.bin", weights_only=True)
+    except OSError as e:
+        raise OSError(f"cannot download {name} ({e}); connect to the network once, or name a local GPT-2 folder") from None
+    except Exception:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.bin"
+        raise ValueError(f"{file} is damaged or not a plain checkpoint; nothing in it was run; delete it to download again") from None
+    return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd), state
+
+
+def read_checkpoint(path):
+    """Configuration and weights {name: tensor} of a folder, or of a weights file with its config.json beside it."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    folder = path if path.is_dir() else path.parent
+    file = next((path / n for n in names if (path / n).is_file()), None) if path.is_dir() else path
+    if file is None or not file.is_file():
+        raise FileNotFoundError(f"{path} is no GPT-2 checkpoint: there must be {' or '.join(names)} and config.json; check the path")
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        sizes = {ours: fields[theirs] for ours, theirs in CONFIG_FIELDS.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{folder / 'config.json'} is missing or no GPT-2 configuration; it belongs beside {file.name}") from None
+    if bad := [k for k, v in sizes.items() if type(v) is not int or not 0 < v < 2**31]:
+        raise ValueError(f"{folder / 'config.json'}: {bad[0]} must be a positive whole number; fetch the file again")
+    if fields.get("n_inner") == 4 * sizes["n_embd"]:
+        fields["n_inner"] = None  # the same thing, said otherwise
+    if bad := [k for k, v in ONLY.items() if fields.get(k, v) != v]:
+        raise ValueError(f"{folder / 'config.json'}: {bad[0]}={fields[bad[0]]!r} is not supported, only {ONLY[bad[0]]!r}")
+    config = GPTConfig(**sizes)
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)  # never runs what a pickle asks for
+        assert all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in state.items())
+    except ImportError:
+        raise ValueError(f"{file} needs safetensors: pip install safetensors") from None
+    except MemoryError:
+        raise ValueError(f"{file} does not fit into memory; choose a smaller model") from None
+    except Exception:  # whatever a damaged file makes the readers raise
+        raise ValueError(f"{file} is damaged or not a plain checkpoint of tensors; nothing in it was run; fetch it again") from None
+    return config, state
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"cannot make the folder {folder} ({e.strerror}); name one that you may write to") from None
+
+
+def write_atomically(path, write):
+    """write(tmp), to the disk, then rename: whoever looks, after a power cut too, sees the old file or the whole new one."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
+        write(tmp)
+        tmp.chmod(mode)  # safetensors leaves a file that nobody else may read
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except Exception as e:  # torch.save and safetensors report a full disk each in its own way
+        reason = " ".join(str(e).split())[:200]
+        raise OSError(f"cannot write {path} ({reason}); free some space or choose another folder") from None
+    finally:
+        tmp.unlink(missing_ok=True)

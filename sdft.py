@@ -70,7 +70,8 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
 
     prompts      B lists of token ids, of any lengths
     temperature  of the sampling; 0 takes the likeliest token
-    generator    torch.Generator on the model's device; the same seed and prompts give the same responses
+    generator    torch.Generator on the model's device; the same seed and prompts give the same responses. Or a list of B,
+                 one per row: then a response does not depend on the rows beside it
 
     A row ends with its first eos_id, which belongs to the response; the rest of the row is eos_id and masked.
     """
@@ -97,7 +98,8 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
             token = logits.argmax(-1)
         else:
             p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # finite at any temperature
-            token = torch.multinomial(p, 1, generator=generator)[:, 0]
+            parts = zip(p, generator) if isinstance(generator, list) else [(p, generator)]
+            token = torch.cat([torch.multinomial(q, 1, generator=g).flatten() for q, g in parts])  # (B,)
         completions[:, c] = token.where(running, eos_id)
         mask[:, c] = running
         running = running & (token != eos_id)
@@ -222,6 +224,7 @@ def train_step(
     skip_tokens=0,
     micro_batch=None,
     generator=None,
+    sync=None,
 ):
     """Algorithm 1 on one minibatch (step 1 is the caller's). Returns the loss in nats (float) and info: "completions" and
     "mask" (B, C), what the student said; "kl" (B, C) per token in nats.
@@ -230,6 +233,8 @@ def train_step(
     skip_tokens  completion tokens at the start that carry no loss; the released code has 3, against students that learn
                  to write "Based on the example"
     micro_batch  rows scored at a time; fewer save memory and change nothing else
+    generator    as in `rollout`
+    sync         called with the student once its gradients are in place: averages them over several processes, say
     """
     if len(prompts) != len(teacher_prompts) or skip_tokens < 0 or (micro_batch or 1) < 1:
         raise ValueError(
@@ -255,6 +260,8 @@ def train_step(
         total += loss.item() * share
         kls.append(info["kl"])
 
+    if sync:
+        sync(student)
     update(student, optimizer, total, clip)  # Alg. 1, step 5: θ
     ema_update(teacher, student, alpha)  # Alg. 1, step 5: φ
     return total, {"completions": completions, "mask": mask, "kl": torch.cat(kls)}

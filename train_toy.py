@@ -16,7 +16,6 @@ import copy
 import inspect
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import toy
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, write_atomically
 from sdft import completion_logits, rollout, sft_loss, train_step, update
 
 MODEL = dict(block_size=16, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
@@ -268,24 +267,13 @@ def pick_device(name):
         sys.exit(f"error: --device {name} is not available with this torch {torch.__version__}; leave the flag out, or use cpu")
 
 
-def write_atomically(path, write):
-    """write(tmp), then rename: whoever looks sees the old file or the whole new one."""
-    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        tmp.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write {path} ({e}); free some space or choose another --out_dir")
-
-
 def save(model, path, config=None):
     write_atomically(path, lambda tmp: torch.save({"config": config, "model": model.state_dict()}, tmp))
 
 
 def base_config(seed, steps):
     """What a base was made from: its settings, and the code of the world, the model and the pretraining."""
-    code = Path(toy.__file__).read_text() + inspect.getsource(GPT) + inspect.getsource(pretrain)
+    code = "".join(Path(inspect.getfile(part)).read_text() for part in (toy, GPT)) + inspect.getsource(pretrain)
     return {**MODEL, "seed": seed, "steps": steps, "code": zlib.crc32(code.encode())}
 
 
@@ -389,7 +377,7 @@ def draw(results, path):
     panels[0].set_ylabel("accuracy on unseen inputs,\nsampled at temperature 1")
     panels[1].legend(loc="lower left")
     figure.tight_layout()
-    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=150))
+    write_atomically(path, lambda tmp: figure.savefig(tmp, format="png", dpi=150))
     plt.close(figure)
     return [path.name]
 
@@ -433,7 +421,7 @@ def report(folders):
 if __name__ == "__main__":
     try:
         main()
-    except FloatingPointError as e:
+    except (OSError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; a finished base is kept in --out_dir and is reused by the next run")
