@@ -54,7 +54,16 @@ def perturbed(seed=0, noise=0.2, **sizes):
     return model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes of `start` have: on another number of threads sums are rounded otherwise, and no run repeats bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A checkpoint folder with weights and vocabulary."""
     folder = tmp_path_factory.mktemp("base")
@@ -63,7 +72,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Small training, OOD and prior sets."""
     folder = tmp_path_factory.mktemp("data")
@@ -327,7 +336,8 @@ def test_a_response_drawn_from_its_own_stream_does_not_depend_on_the_rows_beside
 def test_gradient_accumulation_equals_one_large_batch(method, tmp_path, base, data):
     for name, micro in (("whole", 4), ("parts", 1)):
         train_gpt2.main(flags(base, data, tmp_path / name, "--method", method, "--micro_batch", micro, steps=2))
-    torch.testing.assert_close(weights(tmp_path / "whole"), weights(tmp_path / "parts"), rtol=0, atol=1e-5)
+    # Adam blows rounding up where a gradient is zero but for it (key biases); a wrong sum would be off by the learning rate, 1e-3
+    torch.testing.assert_close(weights(tmp_path / "whole"), weights(tmp_path / "parts"), rtol=0, atol=1e-4)
     assert any(not torch.equal(a, b) for a, b in zip(weights(base).values(), weights(tmp_path / "parts").values()))
 
 
@@ -419,7 +429,7 @@ def test_a_run_writes_what_it_promises_and_the_next_one_starts_from_it(tmp_path,
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory, base, data):
     """An uninterrupted run of twelve steps."""
     out = tmp_path_factory.mktemp("whole") / "out"
