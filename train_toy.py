@@ -375,7 +375,7 @@ def draw(results, path):
         panel.set(title=arm.upper(), ylim=(-0.03, 1.03))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on unseen inputs,\nsampled at temperature 1")
-    panels[1].legend(loc="lower left")
+    panels[1].legend(loc="lower right")
     figure.tight_layout()
     write_atomically(path, lambda tmp: figure.savefig(tmp, format="png", dpi=150))
     plt.close(figure)
