@@ -13,8 +13,8 @@ Algorithm 1, with the numbers that the comments below refer to:
     4  L(θ) = 1/|y| Σ_t KL(π_θ(·|x, y<t) ‖ π_φ(·|x, c, y<t))                        Eq. (1), gradients through θ only
     5  a step of the optimiser on θ, then φ ← α θ + (1 - α) φ
 
-Left out on purpose: more than one rollout per prompt and the sampled-token estimator of the KL (the paper finds that
-neither helps), importance weights for stale samples (every sample here is fresh), any reward, critic or generation server.
+Left out on purpose: more than one rollout per prompt (the paper finds that it adds little) and the sampled-token estimator
+of the KL (it finds it noisier), importance weights for stale samples (every sample here is fresh), any reward, critic or generation server.
 
     symbol            shape      meaning
     prompts           B lists    token ids of the student's contexts, of any lengths
@@ -40,7 +40,8 @@ def student_context(prompt):
 
 
 def teacher_context(prompt, demonstration, context=None):
-    """What the teacher reads, in the paper's words (Section 3): the question, an example of a response, a request.
+    """What the teacher reads, in the paper's words: the question, an example of a response, a request. The line breaks and
+    the last colon are ours: a model without a chat template answers on the next line.
 
     `context` is a text to put before the question, an article for knowledge acquisition, say.
     """

@@ -283,14 +283,13 @@ def load_base(path, seed, steps, device):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        fits = saved["config"] == base_config(seed, steps)
+        if saved["config"] != base_config(seed, steps):
+            print(f"{path} was made with other settings or code: pretraining again")
+            return None
+        model = GPT(GPTConfig(**MODEL))
+        model.load_state_dict(saved["model"])
     except Exception:  # whatever a damaged file makes torch.load raise
         sys.exit(f"error: {path} is damaged or not a base of this program; delete it to pretrain again")
-    if not fits:
-        print(f"{path} was made with other settings or code: pretraining again")
-        return None
-    model = GPT(GPTConfig(**MODEL))
-    model.load_state_dict(saved["model"])
     print(f"base from {path}")
     return model.to(device)
 
