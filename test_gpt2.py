@@ -279,6 +279,13 @@ def test_alias_and_article_reach_the_teacher_and_never_the_student(tmp_path, bas
     assert teacher.index("ARTICLE") < teacher.index("Q") < teacher.index("DEMO") and enc.decode(row["prompt_ids"]) == "Q\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_data_and_unused_fields_are_named(tmp_path, capsys):
+    line = json.dumps({"prompt": "Q\n", "demonstration": "D", "anwser": "D"})
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    (row,) = train_gpt2.read_jsonl(tmp_path / "d.jsonl")
+    assert row["prompt"] == "Q\n" and re.search(r"'anwser' \(.*d.jsonl:1\)", capsys.readouterr().out)
+
+
 def test_rows_that_are_too_long_stop_the_run_or_are_dropped_and_counted(tmp_path, base, data, capsys):
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     rows[4]["context"] = rows[7]["context"] = "long " * 100
@@ -507,6 +514,7 @@ def test_a_file_size_limit_ends_in_one_sentence(tmp_path, base, data):
 
 def test_resume_refuses_other_settings_and_changed_data(tmp_path, base, data, whole):
     assert "--lr 0.5 differs" in error_of("--resume", "--out_dir", whole, "--lr", "0.5")
+    assert "--lr 1e-05 differs" in error_of("--resume", "--out_dir", whole, "--lr", "1e-5")  # the default is a setting as well
     assert "--resume" in error_of(*flags(base, data, whole))  # without the flag a finished run is not overwritten
     changed = tmp_path / "train.jsonl"
     changed.write_bytes((data / "train.jsonl").read_bytes())

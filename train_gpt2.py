@@ -103,6 +103,12 @@ def parse_args(argv=None):
     return args
 
 
+def given_flags(argv=None):
+    """The names of the flags on the command line; none can be abbreviated."""
+    words = sys.argv[1:] if argv is None else argv
+    return [w[2:].split("=")[0] for w in words if w.startswith("--")]
+
+
 def fail(message):
     """One sentence instead of a traceback; of several processes, one speaks."""
     sys.exit(f"error: {message}" if RANK == 0 else 1)
@@ -127,7 +133,7 @@ def load_encoding(folder):
     except Exception as e:  # requests has a zoo of them
         fail(
             f"cannot load GPT-2's vocabulary ({type(e).__name__}): tiktoken downloads it on first use; connect to the network "
-            "once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+            "once, set TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json and merges.txt beside the weights of --init_from"
         )
 
 
@@ -140,13 +146,13 @@ def read_jsonl(path):
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as e:
         fail(f"cannot read {path} ({e.strerror}); check the path")
-    rows = []
+    rows, odd = [], []
     for n, line in enumerate(lines, 1):
         where = f"{path}:{n}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8"))  # some editors put a mark before the first line
         except UnicodeDecodeError as e:
             fail(f"{where}: byte {e.start} is not UTF-8; save the file as UTF-8")
         except (ValueError, RecursionError) as e:
@@ -157,7 +163,10 @@ def read_jsonl(path):
             if "demonstration" in row:
                 fail(f"{where}: demonstration and privileged_context are the same field; remove one")
             row["demonstration"] = row.pop("privileged_context")
+        odd += [f"{k!r} ({where})" for k in row if k not in ("prompt", "demonstration", "context", "answer", "text")]
         rows.append(row | {"where": where})
+    if odd:
+        say(f"note: {path} has fields that are not used, {len(odd)} in all, first {odd[0]}")
     if not rows:
         fail(f"{path} holds no rows; write one JSON object a line")
     return rows
@@ -570,15 +579,13 @@ def compile_scoring(model, device):
     model.hidden = lambda idx, pad=None, cache=None: fast(idx, pad) if cache is None else plain(idx, pad, cache)
 
 
-def settings_of(saved, args):
-    """The interrupted run's settings; a flag that contradicts them is an error, for then nothing would be resumed."""
-    defaults = vars(parse_args(["--out_dir", args.out_dir]))
-    for k, v in vars(args).items():
-        if k in ("resume", "out_dir", "device"):
-            saved[k] = v
-        elif v not in (defaults[k], saved.get(k)):
-            fail(f"--{k} {v} differs from the run in {args.out_dir}, which has {saved.get(k)}; leave it out with --resume")
-    return argparse.Namespace(**defaults | saved)
+def settings_of(saved, args, given):
+    """The interrupted run's settings; a given flag that contradicts them is an error, for then nothing would be resumed."""
+    here = {k: getattr(args, k) for k in ("resume", "out_dir", "device")}
+    for k in given:
+        if k not in here and getattr(args, k) != saved.get(k):
+            fail(f"--{k} {getattr(args, k)} differs from the run in {args.out_dir}, which has {saved.get(k)}; leave it out with --resume")
+    return argparse.Namespace(**saved | here)
 
 
 def source_folder(args):
@@ -630,7 +637,7 @@ def prepare(args, saved, device):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        report(args.report) if args.report else fine_tune(args)
+        report(args.report) if args.report else fine_tune(args, given_flags(argv))
     except (OSError, FloatingPointError) as e:
         fail(e)
     except torch.cuda.OutOfMemoryError:
@@ -639,11 +646,11 @@ def main(argv=None):
         sys.exit("\ninterrupted; where a checkpoint was saved, --resume goes on from it")
 
 
-def fine_tune(args):
+def fine_tune(args, given):
     out = Path(args.out_dir)
     saved = load_checkpoint(out / "checkpoints") if args.resume else None
     if saved:
-        args = settings_of(saved["args"], args)
+        args = settings_of(saved["args"], args, given)
     elif not args.resume and ((out / "results.json").exists() or checkpoints(out / "checkpoints")):
         fail(f"{out} already holds a run; go on with it by --resume, or choose another --out_dir")
     elif (source := source_folder(args)) and out.resolve() == source.resolve():
