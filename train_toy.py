@@ -14,6 +14,7 @@ of the skill and 25 of each prior one; the tables are on test inputs.
 """
 
 import argparse
+import ast
 import copy
 import inspect
 import json
@@ -29,10 +30,10 @@ import torch.nn.functional as F
 
 from data import toy
 from model import GPT, GPTConfig, write_atomically
-from sdft import completion_logits, rollout, sft_loss, train_step, update
+from sdft import completion_logits, ema_update, rollout, sft_loss, train_step, update
 
 MODEL = dict(block_size=16, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
-MAX_NEW_TOKENS = 4  # one more than an answer has, so that a response that does not end is seen
+MAX_NEW_TOKENS = 5  # one more than the longest answer has, so that a response that does not end is seen
 TEACHER_GATE = 0.9  # below this accuracy with a demonstration there is nothing to distil
 
 
@@ -80,7 +81,7 @@ def main(argv=None):
     device = pick_device(args.device)
     alpha = {"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher]
     arms = {  # arms are data: every one runs through the same `fine_tune`
-        "sft": dict(method="sft", lr=args.sft_lr, steps=args.sft_steps, style=args.sft_style),
+        "sft": dict(method=sft, lr=args.sft_lr, steps=args.sft_steps, style=args.sft_style),
         "sdft": dict(method="sdft", lr=args.lr, steps=args.steps, kl=args.kl, alpha=alpha, temperature=args.temperature),
     }
     config = {k: v for k, v in vars(args).items() if k != "report"} | {
@@ -92,7 +93,7 @@ def main(argv=None):
 
     out, base_file = args.out_dir, args.out_dir / "base.pt"
     print(f"device {device}, {config['threads']} threads, torch {torch.__version__}, seed {args.seed}")
-    base = load_base(base_file, args.seed, args.pretrain_steps, device)
+    base = load_base(base_file, device, args.seed, args.pretrain_steps)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("results.json", "retention.png", "sft.pt", "sdft.pt"):  # an earlier run's are not to be taken for this one's
@@ -102,7 +103,9 @@ def main(argv=None):
         sys.exit(f"error: cannot write to --out_dir {out} ({e.strerror}); name a folder that you may write to")
 
     start, seconds = time.perf_counter(), {"pretrain": 0.0}
-    if base is None:
+    if base is not None:
+        print(f"base from {base_file}")
+    else:
         base = pretrain(args.seed, args.pretrain_steps, device, log)
         save(base, base_file, base_config(args.seed, args.pretrain_steps))
         seconds["pretrain"] = time.perf_counter() - start
@@ -150,16 +153,17 @@ def schedule(optimizer, lr, step, steps, warmup=10):
         group["lr"] = rate
 
 
-def pretrain(seed, steps, device, log, batch_size=128, lr=2e-3, plain=0.85):
-    """A base from nothing: cross entropy on its answers to prompts, `plain` of the batches without a demonstration."""
+def pretrain(seed, steps, device, log, world="skills", n_embd=MODEL["n_embd"], batch_size=128, lr=2e-3):
+    """A base from nothing: cross entropy on its answers to the prompts of a world of data/toy.py, "skills" or "facts"."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    model = GPT(GPTConfig(**MODEL)).to(device)
+    batch = {"skills": toy.skills_batch, "facts": toy.facts_batch}[world]
+    model = GPT(GPTConfig(**MODEL | {"n_embd": n_embd})).to(device)
     optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
     log.begin("pretrain", steps, lines=16)
     for step in range(steps):
         schedule(optimizer, lr, step, steps, warmup=50)
-        prompts, answers = toy.pretraining_batch(rng, batch_size, with_demonstration=rng.random() >= plain)
+        prompts, answers = batch(rng, batch_size, seed)
         y = torch.from_numpy(answers).to(device)  # (B, C)
         loss = F.cross_entropy(completion_logits(model, prompts, y).flatten(0, 1), y.flatten())
         loss.backward()
@@ -168,12 +172,23 @@ def pretrain(seed, steps, device, log, batch_size=128, lr=2e-3, plain=0.85):
     return model
 
 
+def sft(student, teacher, batch, generator):
+    """Supervised fine-tuning: cross entropy of the demonstrations (B, C), through the end token of each."""
+    y = torch.from_numpy(batch["demonstrations"]).to(student.wte.weight.device)
+    mask = (y == toy.EOS).cumsum(1) - (y == toy.EOS).long() == 0  # (B, C)
+    return sft_loss(completion_logits(student, batch["prompts"], y), y, mask), int(mask.sum())
+
+
 def fine_tune(
     student, data, method, lr, steps, batch_size=64, kl="reverse", alpha=0.02, temperature=1.0, seed=0, on_step=None
 ):
-    """Teach `student` one skill in place, by either method, from the same prompts and demonstrations.
+    """Teach `student` one skill in place, by any method, from the same prompts and demonstrations. Returns the teacher.
 
-    on_step(loss, tokens) is called after every update. The optimiser and the teacher start afresh.
+    method   "sdft"; or a function of student, teacher, a minibatch of `data` and a generator that returns a loss and its number
+             of tokens, like `sft`
+    on_step  on_step(loss, tokens) is called after every update and ends the training by returning True
+
+    The optimiser and the teacher start afresh.
     """
     device = student.wte.weight.device
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -182,22 +197,23 @@ def fine_tune(
     generator = torch.Generator(device).manual_seed(seed)
     for step in range(steps):
         schedule(optimizer, lr, step, steps)
-        rows = rng.choice(len(data["prompts"]), batch_size, replace=False)  # Alg. 1, step 1
-        prompts, teacher_prompts = data["prompts"][rows], data["teacher_prompts"][rows]
+        rows = rng.choice(len(data["prompts"]), min(batch_size, len(data["prompts"])), replace=False)  # Alg. 1, step 1
+        batch = {k: v[rows] for k, v in data.items()}
         if method == "sdft":
             loss, info = train_step(
-                student, teacher, optimizer, prompts, teacher_prompts, MAX_NEW_TOKENS, toy.EOS,
+                student, teacher, optimizer, batch["prompts"], batch["teacher_prompts"], MAX_NEW_TOKENS, toy.EOS,
                 kl=kl, alpha=alpha, temperature=temperature, generator=generator,
             )  # fmt: skip
             tokens = int(info["mask"].sum())
         else:
-            y = torch.from_numpy(data["demonstrations"][rows]).to(device)
-            loss = sft_loss(completion_logits(student, prompts, y), y, torch.ones_like(y))
+            loss, tokens = method(student, teacher, batch, generator)
             loss.backward()
-            loss, tokens = loss.item(), y.numel()
+            loss = loss.item()
             update(student, optimizer, loss)
-        if on_step:
-            on_step(loss, tokens)
+            ema_update(teacher, student, alpha)
+        if on_step and on_step(loss, tokens):
+            break
+    return teacher
 
 
 def adamw(model, lr, **kw):
@@ -236,22 +252,22 @@ def head(data, n):
     return {k: v[:n] for k, v in data.items()}
 
 
-def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0):
+def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0, is_right=toy.is_right):
     """Accuracy and mean response length in tokens for every data set in {name: data}: two dictionaries."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     rows = np.concatenate([d[prompts] for d in sets.values()])
     completions, mask = rollout(model, rows, MAX_NEW_TOKENS, toy.EOS, temperature, generator)
-    right = toy.is_right(completions.cpu().numpy(), np.concatenate([d["answers"] for d in sets.values()]))
+    right = is_right(completions.cpu().numpy(), np.concatenate([d["answers"] for d in sets.values()]))
     length = mask.sum(1).cpu().numpy()
     ends = np.cumsum([len(d[prompts]) for d in sets.values()])[:-1]
     return tuple({k: float(x.mean()) for k, x in zip(sets, np.split(values, ends))} for values in (right, length))
 
 
-def measure(model, sets, sampled=False):
+def measure(model, sets, sampled=False, **kw):
     """Greedy accuracy on every new skill in `sets` and the mean over the prior ones; on request at temperature 1 as well."""
     row = {}
     for temperature, suffix in [(0.0, ""), (1.0, "_sampled")][: 1 + sampled]:
-        accuracy, _ = evaluate(model, sets, temperature=temperature)
+        accuracy, _ = evaluate(model, sets, temperature=temperature, **kw)
         row |= {k + suffix: v for k, v in accuracy.items() if k in toy.NEW}
         row["prior" + suffix] = float(np.mean([v for k, v in accuracy.items() if k in toy.PRIOR]))
     return row
@@ -274,26 +290,35 @@ def save(model, path, config=None):
     write_atomically(path, lambda tmp: torch.save({"config": config, "model": model.state_dict()}, tmp))
 
 
-def base_config(seed, steps):
+def base_config(seed, steps, world="skills", n_embd=MODEL["n_embd"]):
     """What a base was made from: its settings, and the code of the world, the model and the pretraining."""
-    code = "".join(Path(inspect.getfile(part)).read_text() for part in (toy, GPT)) + inspect.getsource(pretrain)
-    return {**MODEL, "seed": seed, "steps": steps, "code": zlib.crc32(code.encode())}
+    code = fingerprint(inspect.getsource(toy), inspect.getsource(sys.modules[GPT.__module__]), inspect.getsource(pretrain))
+    return {**MODEL, "n_embd": n_embd, "world": world, "seed": seed, "steps": steps, "code": code}
 
 
-def load_base(path, seed, steps, device):
-    """The base in `path`, or None where there is none that was made from the same."""
+def fingerprint(*sources):
+    """A number that changes with the code, but not with its comments and docstrings."""
+    trees = [ast.parse(source) for source in sources]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return zlib.crc32("".join(map(ast.dump, trees)).encode())
+
+
+def load_base(path, device, *what):
+    """The base in `path`, or None where there is none that was made from the same; `what` as for `base_config`."""
     if not path.exists():
         return None
+    config = base_config(*what)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["config"] != base_config(seed, steps):
+        if saved["config"] != config:
             print(f"{path} was made with other settings or code: pretraining again")
             return None
-        model = GPT(GPTConfig(**MODEL))
+        model = GPT(GPTConfig(**MODEL | {"n_embd": config["n_embd"]}))
         model.load_state_dict(saved["model"])
     except Exception:  # whatever a damaged file makes torch.load raise
         sys.exit(f"error: {path} is damaged or not a base of this program; delete it to pretrain again")
-    print(f"base from {path}")
     return model.to(device)
 
 

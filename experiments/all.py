@@ -1,0 +1,29 @@
+"""Every experiment, one after the other. About 20 minutes for one seed on 2 cores, under two hours for five.
+
+    python -m experiments.all --seeds 5
+
+A finished arm is not run again: after an interruption, or for more seeds, give the same command.
+"""
+
+import importlib
+import time
+
+from experiments import common
+
+NAMES = [
+    "sequential", "pareto", "knowledge", "context", "reasoning", "teacher", "teacher_weights", "kl", "on_policy", "scaling", "pass_at_k",
+]  # fmt: skip
+
+
+def main(argv=None):
+    args, began = common.parse_args(__doc__, argv), time.perf_counter()
+    worlds = {world: None for name in NAMES for world in importlib.import_module(f"experiments.{name}").WORLDS}
+    print(f"bases: {len(worlds)} for each of {args.seeds} seeds", flush=True)
+    common.make_bases(range(args.seeds), worlds, args)
+    for i, name in enumerate(NAMES, 1):
+        print(f"\n[{i}/{len(NAMES)}, {(time.perf_counter() - began) / 60:.0f} minutes so far]", flush=True)
+        common.main(name, argv)
+
+
+if __name__ == "__main__":
+    main()

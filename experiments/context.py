@@ -1,0 +1,32 @@
+"""What must the teacher see to teach facts? The expert's answer, the article, or both.
+
+The paper (knowledge, strict): answer only about 37, article only about 75, both 89.
+
+    python -m experiments.context --seeds 5
+
+The facts of experiments/knowledge.py and SDFT's settings from there. For `?Acj=` the article `eh` gives cj's attributes, the answer `b`
+their sum, both together `ehb`.
+
+Expect the answer alone to teach the sums but made-up attributes (lenient without strict), and nothing that helps with the other question.
+"""
+
+from data import toy
+from experiments import runner
+from experiments.common import base
+from experiments.knowledge import facts_metrics
+from experiments.settings import SDFT_FACTS
+from train_toy import evaluate
+
+ARMS = {f"{text} only" if text != "both" else text: dict(text=text, settings=SDFT_FACTS) for text in ("answer", "article", "both")}
+COLUMNS = ["strict", "lenient", "OOD", "known", "teacher"]
+WORLDS = [("facts",)]
+
+
+def measure(seed, text, settings):
+    start = base(seed, "facts")
+    teacher = evaluate(start, {"A": toy.facts("new", seed, reads=text)}, "teacher_prompts", temperature=1.0)[0]["A"]
+    return facts_metrics(start, seed, settings, teacher_reads=text) | {"teacher": teacher}
+
+
+if __name__ == "__main__":
+    runner.main("context")

@@ -1,0 +1,39 @@
+"""Which weights should the teacher have: a moving average of the student's (EMA), the start's (frozen), or the student's own (live)?
+
+The paper (tool use): EMA about 70, frozen about 65, and with a live teacher training diverges.
+
+    python -m experiments.teacher_weights --seeds 5
+
+α is the student's share in the teacher after every update: 0 frozen, 1 live. On skill X with SDFT's settings, with five times as many updates,
+and with five times as many at ten times the rate. "collapsed" is the share of seeds that end below half of the base's accuracy on X;
+"teacher" is the final teacher's own accuracy with a demonstration.
+"""
+
+from experiments import runner
+from experiments.common import base, skill, skill_metrics, train
+from experiments.settings import SDFT
+from train_toy import evaluate
+
+ALPHAS = {"frozen": 0.0, "α .01": 0.01, "α .02": 0.02, "α .05": 0.05, "α .2": 0.2, "live": 1.0}
+LENGTHS = {
+    "short": {},
+    "long": dict(steps=5 * SDFT["steps"]),
+    "long and fast": dict(steps=5 * SDFT["steps"], lr=10 * SDFT["lr"]),
+}
+ARMS = {f"{length}: {teacher}": SDFT | more | dict(alpha=alpha) for length, more in LENGTHS.items() for teacher, alpha in ALPHAS.items()}
+COLUMNS = ["new", "prior", "teacher", "collapsed"]
+WORLDS = [("skills",)]
+
+
+def measure(seed, **settings):
+    start = base(seed)
+    student, teacher = train(start, skill("X", "train", seed), seed, **settings)
+    metrics = skill_metrics(student, seed)
+    sets = {"X": skill("X", "test", seed)}
+    metrics["teacher"] = evaluate(teacher, sets, "teacher_prompts", temperature=1.0)[0]["X"]
+    metrics["collapsed"] = metrics["new"] < 0.5 * evaluate(start, sets, temperature=1.0)[0]["X"]
+    return metrics
+
+
+if __name__ == "__main__":
+    runner.main("teacher_weights")
