@@ -36,8 +36,8 @@ ARMS = {
     "offline, reverse KL": dict(SDFT, method=offline("reverse")),
     "sdft, forward KL": SDFT_FORWARD,
     "offline, forward KL": dict(SDFT_FORWARD, method=offline("forward")),
-    "sft on teacher's responses": SFT_OWN,
-    "sft on demonstrations": SFT,
+    "sft, offline": SFT_OWN,
+    "sft": SFT,
 }
 ARMS = {arm: dict(arm=arm, settings=settings) for arm, settings in ARMS.items()}
 COLUMNS = ["new", "prior", "Y", "Z", "new greedy"]
@@ -48,7 +48,7 @@ def measure(seed, arm, settings):
     student, data = base(seed), skill("X", "train", seed)
     y, mask = rollout(student, data["teacher_prompts"], MAX_NEW_TOKENS, toy.EOS, generator=torch.Generator().manual_seed(seed))
     data |= {"samples": y.numpy(), "samples_mask": mask.numpy()}
-    if arm == "sft on teacher's responses":
+    if arm == "sft, offline":
         data["demonstrations"] = data["samples"]
     if settings:
         student, _ = train(student, data, seed, **settings)

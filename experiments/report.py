@@ -1,10 +1,11 @@
 """Writes the tables of the README from the results in experiments/results, so that text and numbers cannot drift apart.
 
     python -m experiments.report                  # rewrite the README's marked parts
-    python -m experiments.report out/experiments  # take the results and figures of a run over first
+    python -m experiments.report out/experiments  # take the results and figures of a finished run over first
 """
 
 import argparse
+import importlib
 import json
 import re
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.all import NAMES
-from experiments.common import chosen, table
+from experiments.runner import mean_and_spread, table
+from experiments.settings import chosen
 
 HERE = Path(__file__).parent
 RESULTS, ASSETS, README = HERE / "results", HERE.parent / "assets", HERE.parent / "README.md"
@@ -27,36 +29,191 @@ def main(argv=None):
     run = p.parse_args(argv).run
     if run:
         if missing := [name for name in NAMES if not (run / f"{name}.json").exists()]:
-            sys.exit(f"error: {run} has no {missing[0]}.json; finish it with python -m experiments.all --out_dir {run}")
+            sys.exit(f"error: {run} has no {missing[0]}.json; finish it with: python -m experiments.all --out_dir {run}")
         for name in NAMES:
             shutil.copy(run / f"{name}.json", RESULTS)
             if (run / f"{name}.png").exists():
                 shutil.copy(run / f"{name}.png", ASSETS)
-    README.write_text(rewritten(README.read_text(), load(RESULTS)))
+    text = rewritten(README.read_text(encoding="utf-8"), load(RESULTS))
+    README.write_text(text, encoding="utf-8")
 
 
 def load(folder):
-    """The JSON files of a folder: {name: result}."""
+    """The results in a folder: {experiment: content of its JSON file}."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def rewritten(text, results):
-    """The README with a fresh table in every marked part: <!-- NAME --> ... <!-- end -->."""
-    parts = {"claims": claims_table(results)} | {name: experiment_table(result) for name, result in results.items()}
+    """The README with fresh tables in its marked parts: <!-- NAME --> ... <!-- end -->."""
+    parts = {"claims": claims_table(results)} | {name: experiment_table(results[name]) for name in NAMES}
     for name, lines in parts.items():
         body = "\n".join(lines)
-        text, n = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + body + m[2], text, flags=re.S)
+        text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
         if n != 1:
-            sys.exit(f"error: README.md has {n} parts marked <!-- {name} --> ... <!-- end -->; there must be one")
+            sys.exit(f"error: README.md has {n} parts <!-- {name} --> ... <!-- end -->; there must be one")
     return text
 
 
 def experiment_table(result):
-    """The columns of the experiment's table; of a sweep the chosen settings and what is not swept."""
-    import importlib
-
+    """The experiment's table; of a sweep only what was chosen, and what was not swept."""
     name, rows = result["experiment"], result["rows"]
     if name in SWEEPS:
-        best = set(chosen(rows, *SWEEPS[name]).values())
-        rows = [r for r in rows if "val " not in str([*r["metrics"]]) or ", " not in r["arm"] or r["arm"] in best]
-    return [*table(rows, importlib.import_module(f"experiments.{name}").COLUMNS)]
+        best = chosen(rows, *SWEEPS[name]).values()
+        rows = [r for r in rows if " at " not in r["arm"] or r["arm"] in best]
+    return table(rows, importlib.import_module(f"experiments.{name}").COLUMNS)
+
+
+# --- The paper's claims beside what was measured --------------------------------------------------------------------
+
+
+def claims_table(results):
+    yield "| the paper's claim | its numbers | here | holds? | why |"
+    yield "|---|---|---|---|---|"
+    at = lambda name, arm, metric: np.array(metrics(results, name, arm)[metric])
+    for claim, paper, ours, holds, why in claims(at):
+        held = np.atleast_1d(holds)
+        verdict = f"{'yes' if held.all() else 'no' if not held.any() else 'partly'}, on {held.sum()} of {len(held)} seeds"
+        yield f"| {claim} | {paper} | {ours} | {verdict} | {why} |"
+
+
+def metrics(results, name, arm):
+    """The metrics of an arm; in a sweep "sdft" is the chosen one of the family."""
+    rows = results[name]["rows"]
+    arms = {r["arm"]: r["metrics"] for r in rows} | {
+        family: next(r["metrics"] for r in rows if r["arm"] == best)
+        for family, best in (chosen(rows, *SWEEPS[name]) if name in SWEEPS else {}).items()
+    }
+    return arms[arm]
+
+
+def claims(at):
+    """Claim, the paper's numbers, ours, on which seeds it holds, why. at(experiment, arm, metric) are the values of all seeds."""
+    say = lambda *where: mean_and_spread(at(*where).tolist())
+    new, prior = (lambda arm, m=m: at("pareto", arm, m) for m in ("new", "prior"))
+    strict = lambda arm: at("context", arm, "strict")
+    pass_at = lambda arm: np.array([at("pass_at_k", arm, f"pass@{k}") for k in (1, 2, 4, 8, 16, 32, 64)])
+    yield (
+        "the teacher is good",
+        "base 42%, teacher 100%",
+        f"base {say('teacher', 'base', 'accuracy')}, teacher {say('teacher', 'teacher', 'accuracy')}",
+        at("teacher", "teacher", "accuracy") > 0.9,
+        "the base is built for it",
+    )
+    yield (
+        "and close to the base",
+        "KL to base: SFT 1.26, teacher 0.68 nats",
+        f"SFT {say('teacher', 'sft', 'KL')}, teacher {say('teacher', 'teacher', 'KL')}, SDFT {say('teacher', 'sdft', 'KL')}",
+        at("teacher", "teacher", "KL") < at("teacher", "sft", "KL"),
+        "the teacher keeps the base's style, SFT's demonstrations do not",
+    )
+    yield (
+        "SDFT forgets less than SFT",
+        "old benchmarks 64.5 against 53.4 (base 65.5)",
+        f"prior {say('pareto', 'sdft', 'prior')} against {say('pareto', 'sft', 'prior')}",
+        prior("sdft") > prior("sft"),
+        "its targets are the model's own responses",
+    )
+    yield (
+        "also at matched accuracy on the new skill (a replication's doubt)",
+        "",
+        f"SFT stopped there: prior {say('pareto', 'sft stopped, 0.001', 'prior')}",
+        prior("sdft") > prior("sft stopped, 0.001"),
+        "what is lost is lost before the foreign style is learned",
+    )
+    yield (
+        "SDFT learns more than SFT",
+        "70.2 against 66.2; 70.6 against 63.2",
+        f"new {say('pareto', 'sdft', 'new')} against {say('pareto', 'sft', 'new')}",
+        new("sdft") > new("sft"),
+        "SFT can fit the whole table of a skill; SDFT does not correct what its base has wrong with confidence",
+    )
+    yield (
+        "three skills in turn are kept",
+        "about .85 to .95 of their best; SFT loses each",
+        f"X after Z: {say('sequential', 'sdft', 'X')} against {say('sequential', 'sft', 'X')}",
+        at("sequential", "sdft", "X") > at("sequential", "sft", "X"),
+        "as above",
+    )
+    yield (
+        "facts: SDFT answers other questions on them too (strict / lenient / OOD)",
+        "SFT 80/95/80, SDFT 89/100/98, with the article 91/100/100",
+        "; ".join(
+            f"{arm} " + " / ".join(say("knowledge", arm.lower(), m) for m in ("strict", "lenient", "OOD")) for arm in ("SFT", "SDFT")
+        ),
+        at("knowledge", "sdft", "OOD") > at("knowledge", "sft", "OOD"),
+        "SFT's answers are in a style in which the base never answers the other question",
+    )
+    yield (
+        "the teacher needs article and answer (strict)",
+        "answer about 37, article about 75, both 89",
+        " / ".join(say("context", arm, "strict") for arm in ("answer only", "article only", "both")),
+        (strict("answer only") < strict("article only")) & (strict("article only") < strict("both")),
+        "an article is enough for a base that reads it without error; an answer alone is not",
+    )
+    yield (
+        "answer-only demonstrations: SDFT keeps the reasoning (accuracy / tokens)",
+        "base 31.2/4612, SFT 23.5/3273, SDFT 43.7/4180",
+        "; ".join(
+            f"{arm} {say('reasoning', arm.lower(), 'new')} / {say('reasoning', arm.lower(), 'length')}" for arm in ("base", "SFT", "SDFT")
+        ),
+        (at("reasoning", "sdft", "new") > at("reasoning", "base", "new"))
+        & (at("reasoning", "sdft", "length") > at("reasoning", "sft", "length")),
+        "SFT stops to reason",
+    )
+    yield (
+        "and SFT falls below the base there",
+        "23.5 against 31.2",
+        f"{say('reasoning', 'sft', 'new')} against {say('reasoning', 'base', 'new')}",
+        at("reasoning", "sft", "new") < at("reasoning", "base", "new"),
+        "",
+    )
+    widths = [16, 32, 64, 128]
+    gaps = np.array([at("scaling", f"width {n}", "gap") for n in widths])
+    yield (
+        "SDFT gains on SFT with size (SDFT minus SFT)",
+        "3B −3.3, 7B +4.0, 14B +6.9 points",
+        ", ".join(f"{n} wide: {say('scaling', f'width {n}', 'gap')}" for n in widths),
+        gaps[-1] > gaps[0],
+        "a small base does not read demonstrations",
+    )
+    yield (
+        "pass@k: SDFT above SFT above the base for every k",
+        "for k up to 128",
+        "; ".join(f"{arm} {say('pass_at_k', arm.lower(), 'pass@1')} … {say('pass_at_k', arm.lower(), 'pass@64')}" for arm in ("base", "SFT", "SDFT")),
+        (pass_at("sdft") >= pass_at("sft")).all(0) & (pass_at("sft") >= pass_at("base")).all(0),
+        "the base has the right answer among a few tries already",
+    )
+    yield (
+        "on-policy matters",
+        "SDFT about 70, the same loss on the teacher's responses 63, SFT on those 61",
+        f"{say('on_policy', 'sdft', 'new')}, {say('on_policy', 'offline, reverse KL', 'new')}, "
+        f"{say('on_policy', 'sft, offline', 'new')}",
+        at("on_policy", "sdft", "new") > at("on_policy", "offline, reverse KL", "new"),
+        "the teacher's responses are in the model's own style, and so close to its own",
+    )
+    yield (
+        "an EMA teacher does better than a frozen one",
+        "about 70 against 65",
+        f"five times as long: α .02 {say('teacher_weights', 'long: α .02', 'new')}, frozen {say('teacher_weights', 'long: frozen', 'new')}",
+        at("teacher_weights", "long: α .02", "new") > at("teacher_weights", "long: frozen", "new"),
+        "the frozen teacher is already right",
+    )
+    yield (
+        "a live teacher diverges",
+        "it does",
+        f"collapsed: {say('teacher_weights', 'short: live', 'collapsed')} short, {say('teacher_weights', 'long: live', 'collapsed')} long, "
+        f"{say('teacher_weights', 'long and fast: live', 'collapsed')} long and fast",
+        at("teacher_weights", "long and fast: live", "collapsed") > at("teacher_weights", "long and fast: frozen", "collapsed"),
+        "only at a rate that is too high, and an EMA teacher goes with it",
+    )
+    yield (
+        "the sum over the vocabulary is less noisy than the sampled token",
+        "analytic best",
+        f"gradient noise {say('kl', 'reverse', 'noise')} against {say('kl', 'reverse, sampled token', 'noise')}",
+        at("kl", "reverse", "noise") < at("kl", "reverse, sampled token", "noise"),
+        "",
+    )
+
+
+if __name__ == "__main__":
+    main()
