@@ -525,11 +525,19 @@ def test_training_validation_and_test_inputs_are_disjoint_and_cover_the_world():
         assert len(seen) == len(set(seen)) == 1000
 
 
+def pretraining_lines(batch, demonstration, n=20000, **kw):
+    """Prompts and answers of pretraining as text, those whose part after `!` is of that form."""
+    rng, lines = np.random.default_rng(0), []
+    while len(lines) < n:
+        pairs = zip(*(map(toy.decode, part) for part in batch(rng, 2000, **kw)))
+        lines += [(p, a) for p, a in pairs if re.fullmatch(demonstration, p.partition("!")[2])]
+    return lines
+
+
 def test_pretraining_teaches_prior_skills_always_and_new_ones_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    prompts, answers = toy.pretraining_batch(rng, 20000, with_demonstration=False)
     right, said = {}, {}
-    for prompt, answer in zip(map(toy.decode, prompts), map(toy.decode, answers)):
+    lines = pretraining_lines(toy.skills_batch, "")
+    for prompt, answer in lines:
         said.setdefault(prompt[1], []).append(answer)
         if prompt[1] in toy.KNOWN:
             expected = "".join(map(str, by_hand(prompt[1], [int(c) for c in prompt[2:5]]))) + "."
@@ -540,14 +548,66 @@ def test_pretraining_teaches_prior_skills_always_and_new_ones_as_often_as_it_say
     for k in toy.UNKNOWN:  # nothing to know: every answer as often as another
         counts = np.bincount([int(a[:2]) for a in said[k]], minlength=100)
         assert counts.max() < 12 and (counts > 0).sum() > 50
-    share = [sum(len(said[k]) for k in kind) / 20000 for kind in (toy.PRIOR, toy.NEW, toy.UNKNOWN)]
+    share = [sum(len(said[k]) for k in kind) / len(lines) for kind in (toy.PRIOR, toy.NEW, toy.UNKNOWN)]
     assert share == pytest.approx([0.55, 0.37, 0.08], abs=0.02)
 
 
 def test_pretraining_demonstrations_always_say_what_the_answer_says():
-    prompts, answers = toy.pretraining_batch(np.random.default_rng(0), 500, with_demonstration=True)
-    for prompt, answer in zip(map(toy.decode, prompts), map(toy.decode, answers)):
-        assert "".join(str("abcdefghij".index(c)) for c in prompt[6:8]) + "." == answer
+    letters = lambda digits: "".join("abcdefghij"[int(c)] for c in digits)
+    for prompt, answer in pretraining_lines(toy.skills_batch, r"\w\w\.=", n=500):
+        assert prompt[6:8] == letters(answer[:2])
+    for prompt, answer in pretraining_lines(toy.skills_batch, r"\w\.=", n=500):
+        assert prompt[6] == letters(answer[1])
+
+
+def test_answer_only_demonstrations_leave_out_the_reasoning_and_nothing_else():
+    full, short = toy.skill("X", "train", 3), toy.skill("X", "train", 3, style="short")
+    assert all(np.array_equal(full[k], short[k]) for k in ("prompts", "answers"))
+    assert np.array_equal(short["demonstrations"], full["demonstrations"][:, 1:])
+    shorter = [p[:6] + p[7:] for p in map(toy.decode, full["teacher_prompts"])]
+    assert [toy.decode(p) for p in short["teacher_prompts"]] == shorter
+
+
+def test_an_answer_is_right_at_last_by_its_result_whatever_comes_before_it():
+    answers = np.array([toy.encode("31.")] * 6)
+    said = np.array([toy.encode(t) for t in ("31..", "b...", "741.", "3112", "13..", "....")])
+    assert toy.is_right_at_last(said, answers).tolist() == [True, True, True, False, False, False]
+
+
+def fact_by_hand(prompt, answer):
+    """Whether an answer to `?Acj=` or `?Bcj=` gives two attributes and their sum or difference."""
+    first, second, result = map(int, answer[:3])
+    return result == (first + second if prompt[1] == "A" else first - second) % 10 and answer[3:] == "."
+
+
+def test_facts_are_one_to_an_entity_and_every_text_says_what_the_answer_says():
+    told = {}
+    for part in toy.FACTS:
+        for question in "AB":
+            for reads, columns in {"article": slice(0, 2), "answer": slice(2, 3), "both": slice(0, 3)}.items():
+                data = toy.facts(part, 5, question, reads)
+                for prompt, read, demonstration, answer in zip(*(map(toy.decode, data[k]) for k in data)):
+                    assert re.fullmatch(rf"\?{question}[a-j][a-j]=", prompt) and fact_by_hand(prompt, answer)
+                    letters = "".join("abcdefghij"[int(c)] for c in answer[:3])
+                    assert demonstration == letters + "." and read == f"{prompt[:-1]}!{letters[columns]}.="
+                    assert told.setdefault(prompt[2:4], answer[:2]) == answer[:2]
+    assert len(told) == 100
+
+
+def test_pretraining_tells_known_facts_always_and_new_ones_only_to_be_read():
+    truth = {toy.decode(p)[2:4]: toy.decode(a)[:2] for p, a in zip(*(toy.facts("known", 5)[k] for k in ("prompts", "answers")))}
+    said = {}
+    for prompt, answer in pretraining_lines(toy.facts_batch, "", seed=5):
+        assert fact_by_hand(prompt, answer)
+        said.setdefault(prompt[2:4], []).append(answer[:2])
+    assert len(said) == 100
+    for entity, answers in said.items():
+        if entity in truth:
+            assert set(answers) == {truth[entity]}
+        else:  # every pair of attributes as often as another
+            assert np.bincount([*map(int, answers)], minlength=100).max() < 0.1 * len(answers)
+    for prompt, answer in pretraining_lines(toy.facts_batch, r"\w\w\.=", n=500, seed=5):
+        assert prompt[5:7] == "".join("abcdefghij"[int(c)] for c in answer[:2])
 
 
 def test_an_answer_is_right_by_its_content_in_either_style_and_only_if_it_ends():
@@ -578,7 +638,7 @@ def test_the_whole_experiment_in_miniature_writes_what_it_promises(tmp_path, mon
         assert [row["after"] for row in results[arm]] == ["X", "Y", "Z"]
         for row in results[arm]:
             assert set(row) == accuracies | {"after", "length"}
-            assert all(0 <= row[k] <= 1 for k in accuracies) and 1 <= row["length"] <= 4
+            assert all(0 <= row[k] <= 1 for k in accuracies) and 1 <= row["length"] <= train_toy.MAX_NEW_TOKENS
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {m["phase"] for m in metrics} == {"pretrain", "sft", "sdft"}
     files = {p.name for p in (tmp_path / "run").iterdir()} - {"retention.png"}
@@ -618,9 +678,9 @@ def test_every_arm_gets_its_own_skill_training_split_and_settings(tmp_path, monk
     ]:
         stages.clear(), steps.clear()
         run_miniature(tmp_path, *flags, monkeypatch=monkeypatch)
-        assert [(m, prompts[0][1]) for m, prompts, *_ in stages] == [(m, k) for m in ("sft", "sdft") for k in "XYZ"]
+        assert [(m, prompts[0][1]) for m, prompts, *_ in stages] == [(m, k) for m in (train_toy.sft, "sdft") for k in "XYZ"]
         for method, prompts, data, kw in stages:
-            train = toy.skill(prompts[0][1], "train", 3, style if method == "sft" else "expert")
+            train = toy.skill(prompts[0][1], "train", 3, style if method == train_toy.sft else "expert")
             assert all(np.array_equal(data[k], train[k]) for k in train)
         for prompts, teacher_prompts, kw in steps:
             assert all(len(t) == 10 and t.startswith(p[:-1] + "!") for p, t in zip(prompts, teacher_prompts))
@@ -660,6 +720,42 @@ def test_a_wrong_command_line_ends_in_one_sentence_that_names_the_flag(flags, wo
     assert not list(tmp_path.glob("*tmp*")) and not (tmp_path / "results.json").exists()
 
 
+def test_a_base_is_used_again_while_its_code_is_the_same_whatever_comments_say():
+    one, other = "def f():\n    return 1", 'def f():  # why\n    """What."""\n    return 1'
+    assert train_toy.fingerprint(one + "\nf()") != train_toy.fingerprint(other + "\ng()")
+    assert train_toy.fingerprint('def f():\n    "x"\n    return 1') == train_toy.fingerprint(other)
+
+
+@pytest.mark.parametrize("arm", ["live", "frozen"])
+def test_fine_tuning_with_a_loss_of_ones_own_moves_student_and_teacher(arm):
+    torch.manual_seed(0)
+    student = train_toy.GPT(train_toy.GPTConfig(**train_toy.MODEL))
+    before, seen = copy.deepcopy(student), []
+
+    def loss(model, teacher, batch, generator):
+        seen.append((teacher, {k: len(v) for k, v in batch.items()}))
+        return model.wte.weight.square().sum(), 7
+
+    data = {k: v[:50] for k, v in toy.skill("X", "train").items()}
+    stop = lambda value, tokens: len(seen) == 3 and tokens == 7
+    teacher = train_toy.fine_tune(student, data, loss, lr=1e-2, steps=9, alpha=1.0 if arm == "live" else 0.0, on_step=stop)
+    assert len(seen) == 3 and seen[0] == (teacher, {k: 50 for k in data})  # no more rows than there are
+    assert not torch.equal(student.wte.weight, before.wte.weight)
+    assert torch.equal(teacher.wte.weight, (student if arm == "live" else before).wte.weight)
+
+
+def test_supervised_fine_tuning_ends_every_row_at_its_own_end_token():
+    torch.manual_seed(0)
+    model = train_toy.GPT(train_toy.GPTConfig(**train_toy.MODEL))
+    batch = {"prompts": np.array([toy.encode("?X123=")] * 2), "demonstrations": np.array([toy.encode("bc.."), toy.encode("bcde")])}
+    loss, tokens = train_toy.sft(model, None, batch, None)
+    alone = [
+        sft_loss(completion_logits(model, batch["prompts"][:1], y), y, torch.ones_like(y)).item()
+        for y in (torch.tensor([toy.encode("bc.")]), torch.tensor([toy.encode("bcde")]))
+    ]
+    assert tokens == 7 and loss.item() == pytest.approx(np.mean(alone), rel=1e-5)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "truncated"])
 def test_a_corrupt_cached_base_is_named_with_the_remedy(content, tmp_path):
     if content is None:
@@ -674,7 +770,7 @@ def test_a_corrupt_cached_base_is_named_with_the_remedy(content, tmp_path):
 def test_a_run_that_explodes_stops_with_the_step_and_keeps_the_last_good_weights(arm, tmp_path, monkeypatch):
     run_miniature(tmp_path, monkeypatch=monkeypatch)  # an earlier run's results are not to be taken for this one's
     fine_tune = train_toy.fine_tune
-    monkeypatch.setattr(train_toy, "fine_tune", lambda *a, lr, **kw: fine_tune(*a, lr=1e38 if kw["method"] == arm else lr, **kw))
+    monkeypatch.setattr(train_toy, "fine_tune", lambda *a, lr, **kw: fine_tune(*a, lr=1e38 if (kw["method"] == "sdft") == (arm == "sdft") else lr, **kw))
     with pytest.raises(SystemExit, match=rf"{arm} on X, update \d+: .*not finite"):
         run_miniature(tmp_path, monkeypatch=monkeypatch)
     kept = torch.load(tmp_path / f"{arm}.pt", weights_only=True)["model"]
