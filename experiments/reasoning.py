@@ -16,11 +16,7 @@ from experiments.common import base, skill, skill_metrics, train_on_skill, valid
 from experiments.settings import grid
 from train_toy import evaluate, sft
 
-FAMILIES = {
-    "sft": dict(method=sft, style="short"),
-    "sdft": dict(method="sdft", style="short"),
-    "sdft forward": dict(method="sdft", style="short", kl="forward"),
-}
+FAMILIES = {"sft": dict(method=sft, style="short"), "sdft": dict(method="sdft", style="short")}
 ARMS = {"base": {}, "teacher": dict(read="teacher_prompts")} | {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
 COLUMNS = ["new", "new greedy", "prior", "length", "val new", "val prior"]
 WORLDS = [("skills",)]

@@ -10,10 +10,10 @@ from train_toy import sft
 
 GRID = [dict(lr=lr, steps=steps) for steps in (80, 400) for lr in (3e-5, 1e-4, 3e-4, 1e-3)]
 SFT = dict(method=sft, style="expert", lr=1e-3, steps=400)
-SFT_OWN = dict(method=sft, style="own", lr=1e-4, steps=80)
-SDFT = dict(method="sdft", lr=1e-4, steps=80)
-SDFT_FORWARD = dict(method="sdft", kl="forward", lr=1e-4, steps=80)
-SDFT_FACTS = dict(method="sdft", lr=3e-4, steps=400)
+SFT_OWN = dict(method=sft, style="own", lr=3e-4, steps=80)
+SDFT = dict(method="sdft", lr=3e-5, steps=400)
+SDFT_FORWARD = dict(method="sdft", kl="forward", lr=1e-4, steps=400)
+SDFT_FACTS = dict(method="sdft", lr=1e-4, steps=400)
 
 
 def grid(families):

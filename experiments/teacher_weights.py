@@ -4,8 +4,8 @@ The paper (tool use): EMA about 70, frozen about 65, and with a live teacher tra
 
     python -m experiments.teacher_weights --seeds 5
 
-α is the student's share in the teacher after every update: 0 frozen, 1 live. On skill X with SDFT's settings, with five times as many updates,
-and with five times as many at ten times the rate. "collapsed" is the share of seeds that end below half of the base's accuracy on X;
+α is the student's share in the teacher after every update: 0 frozen, 1 live. On skill X with SDFT's settings, and at the highest rate of the
+sweep ("fast"). "collapsed" is the share of seeds that end below half of the base's accuracy on X;
 "teacher" is the final teacher's own accuracy with a demonstration.
 """
 
@@ -15,12 +15,8 @@ from experiments.settings import SDFT
 from train_toy import evaluate
 
 ALPHAS = {"frozen": 0.0, "α .01": 0.01, "α .02": 0.02, "α .05": 0.05, "α .2": 0.2, "live": 1.0}
-LENGTHS = {
-    "short": {},
-    "long": dict(steps=5 * SDFT["steps"]),
-    "long and fast": dict(steps=5 * SDFT["steps"], lr=10 * SDFT["lr"]),
-}
-ARMS = {f"{length}: {teacher}": SDFT | more | dict(alpha=alpha) for length, more in LENGTHS.items() for teacher, alpha in ALPHAS.items()}
+RATES = {"": SDFT, "fast, ": SDFT | dict(lr=1e-3)}
+ARMS = {f"{rate}{teacher}": settings | dict(alpha=alpha) for rate, settings in RATES.items() for teacher, alpha in ALPHAS.items()}
 COLUMNS = ["new", "prior", "teacher", "collapsed"]
 WORLDS = [("skills",)]
 
