@@ -74,7 +74,7 @@ def run(name, module, args):
     for i, row in enumerate(in_processes(run_arm, [(name, seed, arm) for seed, arm in todo], args), 1):
         finished[row["arm"], row["seed"]] = row | {"code": code[row["arm"]]}
         with open(log, "a") as f:
-            f.write(json.dumps(finished[row["arm"], row["seed"]]) + "\n")
+            f.write("\n" + json.dumps(finished[row["arm"], row["seed"]]))  # a line that was cut short must not take this one with it
         left = (time.perf_counter() - start) / i * (len(todo) - i)
         said = "  ".join(f"{k} {row['metrics'][k]:.2f}" for k in module.COLUMNS[:3] if k in row["metrics"])
         print(f"{i:4}/{len(todo)}  seed {row['seed']}  {row['arm']:26} {said}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
@@ -98,7 +98,7 @@ def read(log):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            pass  # cut short by an interruption: that arm runs again
+            pass  # empty, or cut short by an interruption: that arm runs again
     return rows
 
 
