@@ -1,4 +1,4 @@
-"""Every experiment, one after the other. About 20 minutes for one seed on 2 cores, under two hours for five.
+"""Every experiment, one after the other. Each result has its "seconds", summed over processes.
 
     python -m experiments.all --seeds 5
 
