@@ -51,14 +51,40 @@ class KVCache:
     def __init__(self, model, batch_size, max_len):
         c, weight = model.config, model.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, max_len, c.n_embd // c.n_head)
-        self.kv = torch.empty(shape, device=weight.device, dtype=weight.dtype)
+        # attention over bfloat16 keys takes 7 times as long on a CPU; keys in float32 made a bfloat16 rollout a quarter faster
+        slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        dtype = torch.float32 if slow else weight.dtype
+        self.kv = torch.empty(shape, device=weight.device, dtype=dtype)
         self.length = 0  # columns filled, the same for every row
+
+    def columns(self, T):
+        """How many columns attention reads once T more are in."""
+        return self.length + T
 
     def append(self, layer, k, v):
         end = self.length + k.size(2)
         self.kv[layer, 0, :, :, self.length : end] = k
         self.kv[layer, 1, :, :, self.length : end] = v
         return self.kv[layer, :, :, :, :end]  # (2, B, H, S, D/H)
+
+
+class StaticKVCache(KVCache):
+    """The same in shapes and addresses that never change, as a CUDA graph needs them: the length is a tensor, and attention
+    reads every column, those not yet filled under a mask."""
+
+    def __init__(self, model, batch_size, max_len):
+        super().__init__(model, batch_size, max_len)
+        self.kv.zero_()  # a masked column counts 0 times its value, and 0 times NaN is NaN
+        self.length = torch.zeros((), dtype=torch.long, device=self.kv.device)
+
+    def columns(self, T):
+        return self.kv.size(4)
+
+    def append(self, layer, k, v):
+        new = self.length + torch.arange(k.size(2), device=k.device)
+        self.kv[layer, 0].index_copy_(2, new, k.to(self.kv.dtype))
+        self.kv[layer, 1].index_copy_(2, new, v.to(self.kv.dtype))
+        return self.kv[layer]  # (2, B, H, S, D/H)
 
 
 class Attention(nn.Module):
@@ -73,8 +99,9 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+            q = q.to(k.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == k.size(2))
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D).to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -130,15 +157,13 @@ class GPT(nn.Module):
         cache  KVCache to read and extend; None: idx starts at column 0
         """
         B, T = idx.shape
-        start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(
-                f"{start + T} tokens do not fit block_size={self.config.block_size}; shorten the prompt or the completion"
-            )
-        column = torch.arange(start, start + T, device=idx.device)
+        start, S = (cache.length, cache.columns(T)) if cache is not None else (0, T)
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit block_size={self.config.block_size}; shorten the prompt or the completion")
+        column = start + torch.arange(T, device=idx.device)
         position, mask = column, None  # no mask: plain causal attention, for which SDPA has its fast paths
-        if pad is not None or (start > 0 and T > 1):
-            key = torch.arange(start + T, device=idx.device)
+        if pad is not None or S > T > 1 or isinstance(cache, StaticKVCache):
+            key = torch.arange(S, device=idx.device)
             mask = key <= column[:, None]  # (T, S)
         if pad is not None:
             position = (column - pad[:, None]).clamp(min=0)  # (B, T)
@@ -152,6 +177,13 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
+
+    def kv_cache(self, batch_size, max_len):
+        return KVCache(self, batch_size, max_len)
+
+    def next_logits(self, idx, pad, cache):
+        """Logits (B, V) in float32 of the token after idx (B, T), whose columns the cache takes in: what decoding calls."""
+        return self.head(self.hidden(idx, pad, cache)[:, -1]).float()
 
     @classmethod
     def from_pretrained(cls, name_or_path):
