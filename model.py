@@ -240,6 +240,51 @@ class GPT(nn.Module):
         (folder / stale).unlink(missing_ok=True)  # of an earlier save: readers would take it for this one's
 
 
+# --- Decoding on CUDA -----------------------------------------------------------------------------------------------
+
+
+class GraphedGPT:
+    """A GPT for `rollout` on CUDA: the first decoding step of a rollout is recorded as a CUDA graph, the others replay it.
+    Launching the kernels of a small batch one by one takes longer than they run. Holds the model's own weights."""
+
+    def __init__(self, model):
+        self.model, self.config, self.wte = model, model.config, model.wte
+        self.load_state_dict = model.load_state_dict  # in place: a graph reads the same addresses
+
+    def kv_cache(self, batch_size, max_len):
+        self.replay = None  # a graph belongs to one cache
+        return StaticKVCache(self.model, batch_size, max_len)
+
+    def next_logits(self, idx, pad, cache):
+        if idx.size(1) > 1:  # the prompt
+            return self.model.next_logits(idx, pad, cache)
+        if self.replay is None:
+            self.idx = idx.clone()
+            self.replay = record(lambda: self.model.next_logits(self.idx, pad, cache))
+            cache.length -= 1  # what the run before the recording has added
+        self.idx.copy_(idx)
+        return self.replay()
+
+
+def record(step):
+    """A function that replays the kernels of step() on the same memory and returns the same output. Runs step() once, since the
+    first call of a kernel may allocate, which a recording must not."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay
+
+
 # --- Checkpoint files -----------------------------------------------------------------------------------------------
 
 

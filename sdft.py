@@ -200,6 +200,8 @@ def chunked_sdft_loss(
     At V = 50,257 logits of 2,048 tokens are 0.4 GB, and the formula holds about eight tensors of that size. In chunks the peak of
     loss and backward was 0.17 times that of the plain formula (`python train_gpt2.py --bench` measures it).
     """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
     mask = mask.bool()
     if reduction == "sequence":
         weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.size(0)  # (B, C), of every token in the loss
