@@ -87,11 +87,26 @@ class StaticKVCache(KVCache):
         return self.kv[layer]  # (2, B, H, S, D/H)
 
 
+def linear(x, weight, bias=None):
+    """F.linear. The few rows of a decoding step in float32 on a CPU take half to three quarters of the time with the weights on the
+    left of the product, and the step with them (2 cores, 8 rows of GPT-2)."""
+    few = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() <= 16 * x.size(-1)
+    if not few or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layer, mask, cache):
@@ -107,7 +122,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
@@ -147,7 +162,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Logits (..., V) of final hidden states (..., D). Apart from `hidden`, so that callers project only what they score."""
-        return F.linear(x, self.wte.weight)
+        return linear(x, self.wte.weight)
 
     def hidden(self, idx, pad=None, cache=None):
         """Final hidden states (B, T, D).
