@@ -51,7 +51,7 @@ class KVCache:
     def __init__(self, model, batch_size, max_len):
         c, weight = model.config, model.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, max_len, c.n_embd // c.n_head)
-        # attention over bfloat16 keys takes 7 times as long on a CPU; keys in float32 made a bfloat16 rollout a quarter faster
+        # attention over bfloat16 keys takes several times as long on a CPU (`python -m bench`)
         slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
         dtype = torch.float32 if slow else weight.dtype
         self.kv = torch.empty(shape, device=weight.device, dtype=dtype)
@@ -88,16 +88,16 @@ class StaticKVCache(KVCache):
 
 
 def linear(x, weight, bias=None):
-    """F.linear. The few rows of a decoding step in float32 on a CPU take half to three quarters of the time with the weights on the
-    left of the product, and the step with them (2 cores, 8 rows of GPT-2)."""
+    """F.linear. In float32 on a CPU the few rows of a decoding step take about half the time with the weights on the left of the
+    product, where these are wider than they are deep (`python -m bench`)."""
     few = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() <= 16 * x.size(-1)
     if not few or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    y = (weight @ x.reshape(-1, x.size(-1)).t()).t().reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
-class Linear(nn.Linear):
+class WideLinear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -106,7 +106,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = WideLinear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layer, mask, cache):
@@ -114,15 +114,14 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-            q = q.to(k.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == k.size(2))
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D).to(x.dtype))
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None and T == k.size(2))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D).to(q.dtype))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = WideLinear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
@@ -260,7 +259,7 @@ class GPT(nn.Module):
 
 class GraphedGPT:
     """A GPT for `rollout` on CUDA: the first decoding step of a rollout is recorded as a CUDA graph, the others replay it.
-    Launching the kernels of a small batch one by one takes longer than they run. Holds the model's own weights."""
+    Launching the kernels of a small batch one by one takes longer than they run. Holds the model's own weights. Not yet run on a GPU."""
 
     def __init__(self, model):
         self.model, self.config, self.wte = model, model.config, model.wte
@@ -290,7 +289,7 @@ def record(step):
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads, NCCL's, go on
         output = step()
 
     def replay():

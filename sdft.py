@@ -88,6 +88,9 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
     completions = torch.full((B, max_new_tokens), eos_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     running = torch.ones(B, dtype=torch.bool, device=device)
+    u = None
+    if isinstance(generator, list):
+        u = torch.stack([torch.rand(max_new_tokens, generator=g, device=device) for g in generator], 1)  # (C, B)
     for c in range(max_new_tokens):
         # the whole prompt once, then one token at a time; only the last position is projected on the vocabulary
         logits = model.next_logits(idx, pad, cache)  # (B, V)
@@ -97,7 +100,7 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
             token = logits.argmax(-1)
         else:
             p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # finite at any temperature
-            token = sample(p, generator) if isinstance(generator, list) else torch.multinomial(p, 1, generator=generator)[:, 0]
+            token = torch.multinomial(p, 1, generator=generator)[:, 0] if u is None else sample(p, u[c])
         completions[:, c] = token.where(running, eos_id)
         mask[:, c] = running
         running = running & (token != eos_id)
@@ -107,13 +110,12 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
     return completions[:, : c + 1], mask[:, : c + 1]
 
 
-def sample(p, generators):
-    """One token per row (B,) of probabilities p (B, V), by inverting the distribution function at one number per generator.
+def sample(p, u):
+    """One token per row (B,) of probabilities p (B, V), by inverting the distribution function at u (B,), numbers below 1.
 
-    torch.multinomial draws V numbers per row: at V = 50,257 that was a third of the time of a bfloat16 rollout on a CPU.
+    torch.multinomial draws V numbers per row and token, which takes a third of a bfloat16 rollout of GPT-2 on a CPU (`python -m bench`).
     """
     cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)  # (B, V)
-    u = torch.cat([torch.rand(1, dtype=cdf.dtype, device=p.device, generator=g) for g in generators])  # (B,), below 1
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=p.size(-1) - 1)
 
 
@@ -193,26 +195,30 @@ def chunked_sdft_loss(
 ):
     """`sdft_loss` of the logits hidden @ head.T, of which only `chunk` tokens exist at a time: the same loss, info and gradients.
 
-    student_hidden  (B, C, D)  final hidden states; carries the gradient
-    student_head    (V, D)     the weight of the output layer; carries the gradient
-    teacher_hidden  (B, C, D') and teacher_head (V, D'): the teacher's, never with a gradient
+    student_hidden  (B, C, D)   final hidden states; carries the gradient
+    student_head    (V, D)      the weight of the output layer; carries the gradient
+    teacher_hidden  (B, C, D')  and teacher_head (V, D'): the teacher's, never with a gradient
 
-    At V = 50,257 logits of 2,048 tokens are 0.4 GB, and the formula holds about eight tensors of that size. In chunks the peak of
-    loss and backward was 0.17 times that of the plain formula (`python train_gpt2.py --bench` measures it).
+    At V = 50,257 the logits of 2,048 tokens are 0.4 GB, and the formula holds several tensors of that size at once: `python -m bench`
+    measures both peaks.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1")
+    if student_hidden.shape[:-1] != mask.shape or teacher_hidden.shape[:-1] != mask.shape or chunk < 1:
+        raise ValueError(
+            f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} must be (B, C, D), "
+            f"mask {tuple(mask.shape)} must be (B, C), and chunk={chunk} at least 1"
+        )
     mask = mask.bool()
+    weight = mask.to(torch.promote_types(student_hidden.dtype, torch.float32))  # (B, C), of every token in the loss
     if reduction == "sequence":
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.size(0)  # (B, C), of every token in the loss
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1) / mask.size(0)
     elif reduction == "token":
-        weight = mask / mask.sum().clamp(min=1)
+        weight = weight / weight.sum().clamp(min=1)
     else:
         raise ValueError(f"reduction={reduction!r} is unknown; use 'sequence' or 'token'")
     loss, kls = ChunkedLoss.apply(
         student_hidden[mask], student_head, teacher_hidden[mask].detach(), teacher_head.detach(), weight[mask], kl, chunk
     )
-    return loss, {"kl": torch.zeros(mask.shape, dtype=kls.dtype, device=mask.device).masked_scatter(mask, kls)}
+    return loss, {"kl": torch.zeros_like(weight).masked_scatter(mask, kls)}
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -220,25 +226,29 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, weight, kl, chunk):
-        grad_hidden, grad_head, kls = torch.zeros_like(hidden), torch.zeros_like(head), [weight[:0].float()]
-        for n in range(0, len(hidden), chunk):
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head, dtype=weight.dtype) if ctx.needs_input_grad[1] else None  # a sum over chunks: not in bfloat16
+        kls = torch.zeros_like(weight)  # (N,)
+        for n in range(0, max(len(hidden), 1), chunk):
             rows = slice(n, n + chunk)
             logits = F.linear(hidden[rows], head)  # (n, V)
             with torch.enable_grad():
                 per_token = token_kl(logits.requires_grad_(), F.linear(teacher_hidden[rows], teacher_head), kl)  # (n,)
                 (grad,) = torch.autograd.grad((per_token * weight[rows]).sum(), logits)  # (n, V)
-            grad_hidden[rows] = grad @ head
-            grad_head += grad.t() @ hidden[rows]
-            kls.append(per_token.detach())
-        kls = torch.cat(kls)  # (N,)
-        ctx.grads = grad_hidden, grad_head
+            kls[rows] = per_token.detach()
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ head
+            if grad_head is not None:
+                grad_head += grad.t() @ hidden[rows]
+        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
         ctx.mark_non_differentiable(kls)
         return (kls * weight).sum(), kls
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        grad_hidden, grad_head = ctx.grads
-        return grad_hidden * grad_loss, grad_head * grad_loss, None, None, None, None, None
+        (grad_hidden, grad_head), ctx.grads = ctx.grads, None  # V x D is not kept until the loss is forgotten
+        return *(None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_head)), None, None, None, None, None
 
 
 def sft_loss(logits, tokens, mask):
@@ -315,9 +325,12 @@ def train_step(
             f"be at least 0, micro_batch={micro_batch} at least 1"
         )
     optimizer.zero_grad(set_to_none=True)
-    if sampler:
+    if sampler is None:
+        completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)  # Alg. 1, step 2
+    else:
         sampler.load_state_dict(student.state_dict())
-    completions, mask = rollout(sampler or student, prompts, max_new_tokens, eos_id, temperature, generator)  # Alg. 1, step 2
+        with torch.autocast(sampler.wte.weight.device.type, enabled=False):  # in the sampler's own dtype
+            completions, mask = rollout(sampler, prompts, max_new_tokens, eos_id, temperature, generator)
     scored = mask.clone()  # (B, C)
     scored[:, :skip_tokens] = False
     weight = torch.ones(len(prompts)) if reduction == "sequence" else scored.sum(1)  # (B,), of a row in the loss

@@ -39,7 +39,7 @@ import tiktoken.load
 import torch
 import torch.distributed as dist
 
-from bench import bench
+import bench
 from model import GPT, OPENAI, GPTConfig, GraphedGPT, make_folder, write_atomically
 from sdft import completion_logits, rollout, sdft_loss, sft_loss, student_context, teacher_context, train_step, update
 
@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add("--device", default=None, help="cpu, cuda or mps (default: the best one there is)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the arithmetic; weights, optimiser and EMA stay float32; auto is bfloat16 on GPUs that have it (default: %(default)s)")
     add("--rollout_dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the weights that sample the responses; bfloat16 is a copy that reads half the memory; auto is --dtype's (default: %(default)s)")
-    add("--cuda_graphs", action="store_true", help="record the decoding step as a CUDA graph and replay it")
+    add("--cuda_graphs", action="store_true", help="record the decoding step as a CUDA graph and replay it; not yet run on a GPU")
     add("--compile", action="store_true", help="compile the scoring passes with torch.compile")
     add("--skip_long", action="store_true", help="drop rows that do not fit the model's block_size, and say how many, instead of stopping")
     add("--log_every", type=int, default=10, help="updates between log lines (default: %(default)s)")
@@ -581,17 +581,19 @@ def autocast(args, device):
 
 
 def make_optimizer(student, args):
-    # fused: one pass over the weights; at 124M on two cores it took a seventh of the time
+    # fused: one pass over the weights, a fraction of the time on a CPU (`python -m bench`)
     return torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
 
 
 def make_sampler(student, args, device):
-    """The student as `rollout` shall have it, or None for the student itself."""
+    """What rolls out, in a dtype of its own; None where that is the student in the dtype of the arithmetic."""
     half = is_half(args.dtype if args.rollout_dtype == "auto" else args.rollout_dtype, device)
     if args.cuda_graphs and device.type != "cuda":
         fail(f"--cuda_graphs needs an Nvidia GPU, and the device is {device}; leave the flag out")
     sampler = copy.deepcopy(student).bfloat16() if half else student
-    return GraphedGPT(sampler) if args.cuda_graphs else sampler if half else None
+    if args.cuda_graphs:
+        return GraphedGPT(sampler)
+    return sampler if half or is_half(args.dtype, device) else None
 
 
 def compile_scoring(model, device):
@@ -680,13 +682,20 @@ def main(argv=None):
 def run_bench(args):
     device = pick_device(args)
     torch.manual_seed(args.seed)
-    if args.init_from in OPENAI:
-        n_layer, n_head, n_embd = OPENAI[args.init_from]
-        student = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device)
-    else:
-        student = GPT.from_pretrained(args.init_from).to(device)
+    try:
+        if args.init_from in OPENAI:
+            n_layer, n_head, n_embd = OPENAI[args.init_from]
+            student = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device)
+        else:
+            student = GPT.from_pretrained(args.init_from).to(device)
+    except (ValueError, OSError) as e:
+        fail(f"--init_from {args.init_from}: {e}")
+    if bench.TEACHER_PROMPT + args.max_new_tokens > student.config.block_size:
+        fail(f"--max_new_tokens {args.max_new_tokens} and a prompt of {bench.TEACHER_PROMPT} do not fit block_size {student.config.block_size}; lower it")
+    dtype = torch.bfloat16 if is_half(args.dtype, device) else torch.float32
     sampler = make_sampler(student, args, device) or student
-    bench(student, sampler, make_optimizer(student, args), CHUNK, args, lambda: autocast(args, device), device)
+    with autocast(args, device):
+        bench.bench(student, sampler, make_optimizer(student, args), CHUNK, args.batch_size, args.max_new_tokens, args.kl, dtype, device)
 
 
 def fine_tune(args, given):
