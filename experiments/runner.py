@@ -7,6 +7,8 @@ An experiment is a module of this package with
     COLUMNS   the metrics of its table (its JSON has them all)
     WORLDS    the bases that it needs, as arguments of `common.base`
     figure    optional: figure(rows, plt) -> a matplotlib figure
+    arguments optional: arguments(parser) adds flags of its own, which measure finds in `common.options`
+    inputs    optional: inputs(args) -> what its results follow from beside code and settings
 """
 
 import argparse
@@ -35,7 +37,7 @@ from model import write_atomically
 def main(name, argv=None):
     """The experiment of that name: table, JSON and figure."""
     module = importlib.import_module(f"experiments.{name}")
-    args = parse_args(module.__doc__, argv)
+    args = parse_args(module.__doc__, argv, getattr(module, "arguments", None))
     try:
         rows = run(name, module, args)
     except KeyboardInterrupt:
@@ -47,12 +49,15 @@ def main(name, argv=None):
         draw(module.figure, rows, args.out_dir / f"{name}.png")
 
 
-def parse_args(doc, argv=None):
+def parse_args(doc, argv=None, more=None):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ...; the README's tables have 5 (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each (default: %(default)s)")
     p.add_argument("--out_dir", type=Path, default=Path("out/experiments"), help="for bases, logs and results (default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="a few updates only, to see that everything runs; the numbers mean nothing")
+    p.set_defaults(threads=1)  # so that results do not depend on the number of cores
+    if more:
+        more(p)
     args = p.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         p.error("--seeds and --jobs must be at least 1")
@@ -66,7 +71,7 @@ def parse_args(doc, argv=None):
 def run(name, module, args):
     """The experiment's rows, also in NAME.json. A line of NAME.jsonl is a finished arm, which is not run again unless its settings or the
     code behind it have changed."""
-    log, seeds, code = args.out_dir / f"{name}.jsonl", range(args.seeds), fingerprint(module, args.quick)
+    log, seeds, code = args.out_dir / f"{name}.jsonl", range(args.seeds), fingerprint(module, args.quick, getattr(module, "inputs", lambda args: "")(args))
     finished = {(row["arm"], row["seed"]): row for row in read(log) if row["code"] == code.get(row["arm"])}
     todo = [(seed, arm) for seed in seeds for arm in module.ARMS if (arm, seed) not in finished]
     print(f"{name}: {len(module.ARMS)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
@@ -86,11 +91,11 @@ def run(name, module, args):
     return rows
 
 
-def fingerprint(module, quick):
-    """{arm: a number that changes with its settings and with the code behind it}."""
+def fingerprint(module, quick, inputs=""):
+    """{arm: a number that changes with its settings, the code behind it and the experiment's own inputs}."""
     code = train_toy.fingerprint(*(inspect.getsource(part) for part in (module, common, train_toy, sdft, toy)))
     say = lambda settings: json.dumps(settings, default=lambda function: function.__qualname__)
-    return {arm: zlib.crc32(f"{code} {quick} {say(settings)}".encode()) for arm, settings in module.ARMS.items()}
+    return {arm: zlib.crc32(f"{code} {quick}{inputs} {say(settings)}".encode()) for arm, settings in module.ARMS.items()}
 
 
 def read(log):
@@ -106,10 +111,10 @@ def read(log):
 # --- Processes ------------------------------------------------------------------------------------------------------
 
 
-def set_up(out_dir, quick, worker=True):
-    """In every process: the options, and one thread, so that results do not depend on the number of cores."""
-    common.options.out_dir, common.options.quick = out_dir, quick
-    torch.set_num_threads(1)
+def set_up(args, worker=True):
+    """In every process: the options and the number of threads."""
+    vars(common.options).update(vars(args))
+    torch.set_num_threads(args.threads)
     if worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 
@@ -117,11 +122,11 @@ def set_up(out_dir, quick, worker=True):
 def in_processes(task, arguments, args):
     """Results of task(*arguments) as they finish."""
     if args.jobs == 1 or len(arguments) < 2:
-        set_up(args.out_dir, args.quick, worker=False)
+        set_up(args, worker=False)
         yield from (task(*a) for a in arguments)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.jobs, context, initializer=set_up, initargs=(args.out_dir, args.quick))
+    pool = ProcessPoolExecutor(args.jobs, context, initializer=set_up, initargs=(args,))
     try:
         for future in as_completed([pool.submit(task, *a) for a in arguments]):
             yield future.result()
