@@ -1,6 +1,7 @@
 """What experiments/real_model.py guarantees, on a tiny random Llama in place of the real weights."""
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_other_data_or_another_model_makes_the_arms_run_again(monkeypatch):
     assert before == print_of(None) and all(before[arm] != other for arm, other in print_of("folder").items())
     monkeypatch.setattr(real_model, "load_rows", lambda name: [])
     assert all(before[arm] != other for arm, other in print_of(None).items())
+
+
+def test_an_arm_that_stops_does_so_at_the_first_look_that_reaches_its_mark_and_says_when(tmp_path, monkeypatch):
+    vars(common.options).update(out_dir=tmp_path, quick=False)
+    shares = iter([0.1, 0.9, 0.6, 0.9, *[0.0] * 4])  # new and prior at two looks, then the four sets at the end
+    monkeypatch.setattr(real_model, "EVERY", 2)
+    monkeypatch.setattr(real_model, "load", lambda name: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(real_model, "learn", lambda *a, steps, **kw: iter([1.0] * steps))
+    monkeypatch.setattr(real_model, "answers", lambda *a: [{"question": "", "answer": "", "right": False}])
+    monkeypatch.setattr(real_model, "share", lambda rows: next(shares))
+    monkeypatch.setattr(real_model, "perplexity", lambda *a: 1.0)
+    monkeypatch.setattr(real_model, "kl_to_base", lambda *a: 0.0)
+    metrics = real_model.measure(0, "sft stopped", method="sft", steps=20, stop=0.5)
+    assert metrics["updates"] == 4 and not any("@" in name for name in metrics)
 
 
 # --- On a tiny random model -----------------------------------------------------------------------------------------
@@ -196,4 +211,5 @@ def test_the_experiment_runs_through_and_writes_its_contract_and_its_answers(fol
         answers = json.loads((tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text())
         assert len(answers["new"]) == 4 and {*answers["new"][0]} == {"question", "answer", "right"}
     assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
+    assert (tmp_path / "real_model.png").exists() or not importlib.util.find_spec("matplotlib")
     assert "s left" in capsys.readouterr().out

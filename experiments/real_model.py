@@ -225,9 +225,12 @@ def kl_to_base(base, model, tokenizer, asked, seed=0):
 def measure(seed, arm, reads="question", method=None, stop=None, **settings):
     base, tokenizer = load(options.model)
     facts, prior = load_rows("real_facts"), load_rows("real_prior")
+    if options.quick:
+        facts, prior = facts[:8], prior[:16]
     asked, course, student, start = questions(facts, prior, reads), {}, base, time.perf_counter()
     if method:
         student = copy.deepcopy(base)
+        settings["steps"] //= 4 if options.quick else 1
         for step, loss in enumerate(learn(student, base, tokenizer, facts, seed, method, **settings), 1):
             if step % EVERY == 0:
                 scores = {name: share(answers(student, tokenizer, asked[name])) for name in ("new", "prior")}
@@ -237,16 +240,34 @@ def measure(seed, arm, reads="question", method=None, stop=None, **settings):
                       f"prior {scores['prior']:.2f}  {left:4.0f} s left", flush=True)  # fmt: skip
                 if stop and scores["new"] >= stop:
                     break
+        course = {"updates": step} if stop else course  # seeds stop at different ones
     said = {name: answers(student, tokenizer, rows) for name, rows in asked.items()}
     path = options.out_dir / "real_model_answers" / f"{arm}, seed {seed}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
+    words = lambda name: np.mean([len(row["answer"].split()) for row in said[name]])
     return {name: share(rows) for name, rows in said.items()} | {
-        "words": np.mean([len(row["answer"].split()) for row in said["prior"]]),
-        "words new": np.mean([len(row["answer"].split()) for row in said["new"]]),
+        "words": words("prior"),
+        "words new": words("new"),
         "perplexity": perplexity(student, tokenizer, [r["text"] for r in load_rows("prior") if "text" in r]),
         "KL prior": kl_to_base(base, student, tokenizer, asked["prior"]),
     } | course  # fmt: skip
+
+
+def figure(rows, plt):
+    """New against prior over training: a line for every arm, from the base to its last update."""
+    drawn, panel = plt.subplots(figsize=(6, 4.2))
+    base = {r["arm"]: r["metrics"] for r in rows}["base"]
+    for row in rows:
+        looks = [name.split("@")[1] for name in row["metrics"] if name.startswith("new@")]
+        if looks:
+            x, y = ([np.mean(base[m])] + [np.mean(row["metrics"][f"{m}@{n}"]) for n in looks] for m in ("new", "prior"))
+            panel.plot(x, y, ".-", label=row["arm"], alpha=0.8)
+    panel.plot(np.mean(base["new"]), np.mean(base["prior"]), "k*", markersize=12, label="base")
+    panel.set(xlabel="new facts", ylabel="prior questions", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    panel.grid(alpha=0.3)
+    panel.legend(loc="lower left", fontsize=8)
+    return drawn
 
 
 if __name__ == "__main__":
