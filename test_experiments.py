@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data import toy
+from experiments import all as all_of_them
 from experiments import common, kl, on_policy, report, runner, settings, teacher
 from experiments.all import NAMES
 from experiments.pass_at_k import pass_at_k
@@ -67,6 +68,14 @@ def test_every_experiment_opens_with_the_papers_claim_and_its_own_command():
 
 
 # --- The runner -----------------------------------------------------------------------------------------------------
+
+
+def test_all_runs_one_experiment_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(all_of_them, "NAMES", ["teacher", "context"])
+    all_of_them.main(arguments(tmp_path))
+    assert (tmp_path / "teacher.json").exists() and (tmp_path / "context.json").exists()
+    said = capsys.readouterr().out
+    assert "bases: 2 for each of 1 seeds" in said and "[2/2," in said
 
 
 def test_resuming_gives_the_same_json_as_running_through_and_runs_no_finished_arm_again(folder, tmp_path, monkeypatch):
@@ -229,7 +238,7 @@ def test_every_methods_settings_are_what_the_committed_sweeps_say():
 def test_the_readmes_tables_are_what_the_report_writes_from_the_committed_results():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     results = report.load(report.RESULTS)
-    assert set(results) <= set(NAMES) and all(len(r["seeds"]) >= 5 for r in results.values())
+    assert set(results) == set(NAMES) and all(len(r["seeds"]) >= 5 for r in results.values())
     assert report.rewritten(text, results) == text
 
 

@@ -8,7 +8,7 @@ A finished arm is not run again: after an interruption, or for more seeds, give 
 import importlib
 import time
 
-from experiments import common
+from experiments import runner
 
 NAMES = [
     "sequential", "pareto", "knowledge", "context", "reasoning", "teacher", "teacher_weights", "kl", "on_policy", "scaling", "pass_at_k",
@@ -16,13 +16,13 @@ NAMES = [
 
 
 def main(argv=None):
-    args, began = common.parse_args(__doc__, argv), time.perf_counter()
+    args, began = runner.parse_args(__doc__, argv), time.perf_counter()
     worlds = {world: None for name in NAMES for world in importlib.import_module(f"experiments.{name}").WORLDS}
     print(f"bases: {len(worlds)} for each of {args.seeds} seeds", flush=True)
-    common.make_bases(range(args.seeds), worlds, args)
+    runner.make_bases(range(args.seeds), worlds, args)
     for i, name in enumerate(NAMES, 1):
         print(f"\n[{i}/{len(NAMES)}, {(time.perf_counter() - began) / 60:.0f} minutes so far]", flush=True)
-        common.main(name, argv)
+        runner.main(name, argv)
 
 
 if __name__ == "__main__":
