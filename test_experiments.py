@@ -117,6 +117,14 @@ def test_an_arm_whose_settings_or_code_changed_runs_again(folder, monkeypatch):
     assert all(changed[arm] != now for arm, now in runner.fingerprint(teacher, quick=True).items())
 
 
+def test_arms_that_cost_too_much_run_on_the_first_seed_alone(folder, monkeypatch):
+    monkeypatch.setattr(teacher, "ARMS", {"base": {}, "teacher": dict(read="teacher_prompts")})
+    monkeypatch.setattr(teacher, "ONCE", ["teacher"], raising=False)
+    runner.main("teacher", arguments(folder, "--seeds", "2"))
+    result = json.loads((folder / "teacher.json").read_text())
+    assert [(row["arm"], len(row["metrics"]["accuracy"])) for row in result["rows"]] == [("base", 2), ("teacher", 1)]
+
+
 def test_parallel_processes_give_the_same_json_as_one(folder, tmp_path):
     (tmp_path / "bases").symlink_to(folder / "bases")
     runner.main("context", arguments(folder))

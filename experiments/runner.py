@@ -7,6 +7,9 @@ An experiment is a module of this package with
     COLUMNS   the metrics of its table (its JSON has them all)
     WORLDS    the bases that it needs, as arguments of `common.base`
     figure    optional: figure(rows, plt) -> a matplotlib figure
+    arguments optional: arguments(parser) adds flags of its own, which measure finds in `common.options`
+    inputs    optional: inputs(args) -> what its results follow from beside code and settings
+    ONCE      optional: labels of the arms that run on seed 0 only, since one more seed costs too much
 """
 
 import argparse
@@ -35,7 +38,7 @@ from model import write_atomically
 def main(name, argv=None):
     """The experiment of that name: table, JSON and figure."""
     module = importlib.import_module(f"experiments.{name}")
-    args = parse_args(module.__doc__, argv)
+    args = parse_args(module.__doc__, argv, getattr(module, "arguments", None))
     try:
         rows = run(name, module, args)
     except KeyboardInterrupt:
@@ -47,12 +50,15 @@ def main(name, argv=None):
         draw(module.figure, rows, args.out_dir / f"{name}.png")
 
 
-def parse_args(doc, argv=None):
+def parse_args(doc, argv=None, more=None):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ...; the README's tables have 5 (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each (default: %(default)s)")
     p.add_argument("--out_dir", type=Path, default=Path("out/experiments"), help="for bases, logs and results (default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="a few updates only, to see that everything runs; the numbers mean nothing")
+    p.set_defaults(threads=1)  # so that results do not depend on the number of cores
+    if more:
+        more(p)
     args = p.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         p.error("--seeds and --jobs must be at least 1")
@@ -66,9 +72,11 @@ def parse_args(doc, argv=None):
 def run(name, module, args):
     """The experiment's rows, also in NAME.json. A line of NAME.jsonl is a finished arm, which is not run again unless its settings or the
     code behind it have changed."""
-    log, seeds, code = args.out_dir / f"{name}.jsonl", range(args.seeds), fingerprint(module, args.quick)
+    log, seeds = args.out_dir / f"{name}.jsonl", range(args.seeds)
+    code = fingerprint(module, args.quick, module.inputs(args) if hasattr(module, "inputs") else "")
+    seeds_of = lambda arm: seeds[:1] if arm in getattr(module, "ONCE", ()) else seeds
     finished = {(row["arm"], row["seed"]): row for row in read(log) if row["code"] == code.get(row["arm"])}
-    todo = [(seed, arm) for seed in seeds for arm in module.ARMS if (arm, seed) not in finished]
+    todo = [(seed, arm) for seed in seeds for arm in module.ARMS if seed in seeds_of(arm) and (arm, seed) not in finished]
     print(f"{name}: {len(module.ARMS)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
     make_bases(sorted({seed for seed, _ in todo}), module.WORLDS, args)
     start = time.perf_counter()
@@ -79,18 +87,18 @@ def run(name, module, args):
         left = (time.perf_counter() - start) / i * (len(todo) - i)
         said = "  ".join(f"{k} {row['metrics'][k]:.2f}" for k in module.COLUMNS[:3] if k in row["metrics"])
         print(f"{i:4}/{len(todo)}  seed {row['seed']}  {row['arm']:26} {said}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
-    values = lambda arm, key: [finished[arm, seed][key] for seed in seeds]
+    values = lambda arm, key: [finished[arm, seed][key] for seed in seeds_of(arm)]
     rows = [{"arm": a, "metrics": {m: [v[m] for v in values(a, "metrics")] for m in finished[a, 0]["metrics"]}} for a in module.ARMS]
     result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(sum(sum(values(a, "seconds")) for a in module.ARMS))}
     write_atomically(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
     return rows
 
 
-def fingerprint(module, quick):
-    """{arm: a number that changes with its settings and with the code behind it}."""
+def fingerprint(module, quick, inputs=""):
+    """{arm: a number that changes with its settings, the code behind it and the experiment's own inputs}."""
     code = train_toy.fingerprint(*(inspect.getsource(part) for part in (module, common, train_toy, sdft, toy)))
     say = lambda settings: json.dumps(settings, default=lambda function: function.__qualname__)
-    return {arm: zlib.crc32(f"{code} {quick} {say(settings)}".encode()) for arm, settings in module.ARMS.items()}
+    return {arm: zlib.crc32(f"{code} {quick}{inputs} {say(settings)}".encode()) for arm, settings in module.ARMS.items()}
 
 
 def read(log):
@@ -106,10 +114,10 @@ def read(log):
 # --- Processes ------------------------------------------------------------------------------------------------------
 
 
-def set_up(out_dir, quick, worker=True):
-    """In every process: the options, and one thread, so that results do not depend on the number of cores."""
-    common.options.out_dir, common.options.quick = out_dir, quick
-    torch.set_num_threads(1)
+def set_up(args, worker=True):
+    """In every process: the options and the number of threads."""
+    vars(common.options).update(vars(args))
+    torch.set_num_threads(args.threads or max(1, os.cpu_count() // args.jobs))  # None: all cores, shared out
     if worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 
@@ -117,11 +125,11 @@ def set_up(out_dir, quick, worker=True):
 def in_processes(task, arguments, args):
     """Results of task(*arguments) as they finish."""
     if args.jobs == 1 or len(arguments) < 2:
-        set_up(args.out_dir, args.quick, worker=False)
+        set_up(args, worker=False)
         yield from (task(*a) for a in arguments)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.jobs, context, initializer=set_up, initargs=(args.out_dir, args.quick))
+    pool = ProcessPoolExecutor(args.jobs, context, initializer=set_up, initargs=(args,))
     try:
         for future in as_completed([pool.submit(task, *a) for a in arguments]):
             yield future.result()
