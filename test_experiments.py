@@ -11,7 +11,7 @@ import torch
 
 from data import toy
 from experiments import all as all_of_them
-from experiments import common, kl, on_policy, report, runner, settings, teacher
+from experiments import common, context, kl, knowledge, on_policy, report, runner, settings, teacher
 from experiments.all import NAMES
 from experiments.pass_at_k import pass_at_k
 from model import GPT, GPTConfig
@@ -113,8 +113,11 @@ def test_an_arm_whose_settings_or_code_changed_runs_again(folder, monkeypatch):
     changed = runner.fingerprint(teacher, quick=True)
     assert {arm for arm in before if before[arm] != changed[arm]} == {"sdft"}
     source = runner.inspect.getsource
-    monkeypatch.setattr(runner.inspect, "getsource", lambda part: source(part) + "\nnew = 1" * (part is runner.sdft))
-    assert all(changed[arm] != now for arm, now in runner.fingerprint(teacher, quick=True).items())
+    for module, part in [(teacher, runner.sdft), (teacher, runner.model), (teacher, common), (context, knowledge)]:
+        before = runner.fingerprint(module, quick=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(runner.inspect, "getsource", lambda p: source(p) + "\nnew = 1" * (p is part))
+            assert all(before[arm] != now for arm, now in runner.fingerprint(module, quick=True).items())
 
 
 def test_arms_that_cost_too_much_run_on_the_first_seed_alone(folder, monkeypatch):
@@ -248,6 +251,10 @@ def test_the_readmes_tables_are_what_the_report_writes_from_the_committed_result
     results = report.load(report.RESULTS)
     assert set(results) == set(NAMES) and all(len(r["seeds"]) >= 5 for r in results.values())
     assert report.rewritten(text, results) == text
+
+
+def test_where_nothing_differs_no_claim_holds():
+    assert not any(holds.any() for *_, holds, _ in report.claims(lambda *where: np.full(5, 0.5)))
 
 
 def test_the_report_changes_with_the_results_and_only_in_its_parts():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.all import NAMES
+from experiments.pass_at_k import KS
 from experiments.runner import mean_and_spread, table
 from experiments.settings import chosen
 
@@ -102,10 +103,11 @@ def metrics(results, name, arm):
 
 def claims(at):
     """Claim, the paper's numbers, ours, on which seeds it holds, why. at(experiment, arm, metric) are the values of all seeds."""
+    above = lambda a, b: a > b + 0.01  # four answers of 400; two methods that both know everything differ by less
     say = lambda *where: mean_and_spread(at(*where).tolist())
     new, prior = (lambda arm, m=m: at("pareto", arm, m) for m in ("new", "prior"))
     strict = lambda arm: at("context", arm, "strict")
-    pass_at = lambda arm: np.array([at("pass_at_k", arm, f"pass@{k}") for k in (1, 2, 4, 8, 16, 32, 64)])
+    pass_at = lambda arm: np.array([at("pass_at_k", arm, f"pass@{k}") for k in KS])
     yield (
         "the teacher is good",
         "base 42%, teacher 100%",
@@ -124,28 +126,29 @@ def claims(at):
         "SDFT forgets less than SFT",
         "old benchmarks 64.5 against 53.4 (base 65.5)",
         f"prior {say('pareto', 'sdft', 'prior')} against {say('pareto', 'sft', 'prior')}",
-        prior("sdft") > prior("sft"),
+        above(prior("sdft"), prior("sft")),
         "its targets are the model's own responses",
     )
     yield (
         "also at matched accuracy on the new skill (a replication's doubt)",
         "",
-        f"SFT stopped there: prior {say('pareto', 'sft stopped, 0.001', 'prior')}",
-        prior("sdft") > prior("sft stopped, 0.001"),
-        "what is lost is lost before the foreign style is learned",
+        f"SFT at new {say('pareto', 'sft stopped, 0.001', 'new')}: prior {say('pareto', 'sft stopped, 0.001', 'prior')}; "
+        f"at new {say('pareto', 'sft stopped, 0.0003', 'new')}: {say('pareto', 'sft stopped, 0.0003', 'prior')}",
+        above(prior("sdft"), prior("sft stopped, 0.001")) & above(prior("sdft"), prior("sft stopped, 0.0003")),
+        "learning a foreign style costs SFT prior skills all the way; it reaches SDFT's accuracy late or not at all",
     )
     yield (
         "SDFT learns more than SFT",
         "70.2 against 66.2; 70.6 against 63.2",
         f"new {say('pareto', 'sdft', 'new')} against {say('pareto', 'sft', 'new')}",
-        new("sdft") > new("sft"),
-        "both learn all of it; where they differ, by 0.01 or so",
+        above(new("sdft"), new("sft")),
+        "both learn nearly all of it",
     )
     yield (
         "three skills in turn are kept",
         "about .85 to .95 of their best; SFT loses each",
         f"X after Z: {say('sequential', 'sdft', 'X')} against {say('sequential', 'sft', 'X')}",
-        at("sequential", "sdft", "X") > at("sequential", "sft", "X"),
+        above(at("sequential", "sdft", "X"), at("sequential", "sft", "X")),
         "as above",
     )
     yield (
@@ -154,14 +157,21 @@ def claims(at):
         "; ".join(
             f"{arm} " + " / ".join(say("knowledge", arm.lower(), m) for m in ("strict", "lenient", "OOD")) for arm in ("SFT", "SDFT")
         ),
-        at("knowledge", "sdft", "OOD") > at("knowledge", "sft", "OOD"),
-        "but seldom (see below), and it learns fewer facts than SFT",
+        above(at("knowledge", "sdft", "OOD"), at("knowledge", "sft", "OOD")),
+        "but seldom: see below",
+    )
+    yield (
+        "and learns more of the facts (strict)",
+        "89 against 80",
+        f"{say('knowledge', 'sdft', 'strict')} against {say('knowledge', 'sft', 'strict')}",
+        above(at("knowledge", "sdft", "strict"), at("knowledge", "sft", "strict")),
+        "the base hardly ever says a new fact by itself, and SDFT can only correct what the student says",
     )
     yield (
         "the teacher needs article and answer (strict)",
         "answer about 37, article about 75, both 89",
         " / ".join(say("context", arm, "strict") for arm in ("answer only", "article only", "both")),
-        (strict("answer only") < strict("article only")) & (strict("article only") < strict("both")),
+        above(strict("article only"), strict("answer only")) & above(strict("both"), strict("article only")),
         "as in the paper: the answer alone does not hold the facts, and the base errs now and then where it has to add up itself",
     )
     yield (
@@ -170,14 +180,14 @@ def claims(at):
         "; ".join(
             f"{arm} {say('reasoning', arm.lower(), 'new')} / {say('reasoning', arm.lower(), 'length')}" for arm in ("base", "SFT", "SDFT")
         ),
-        (at("reasoning", "sdft", "new") > at("reasoning", "base", "new")) & (at("reasoning", "sdft", "length") > 2.9),
+        above(at("reasoning", "sdft", "new"), at("reasoning", "base", "new")) & (at("reasoning", "sdft", "length") > 2.9),
         "the teacher reads the result and still writes the step before it",
     )
     yield (
         "and SFT falls below the base there",
         "23.5 against 31.2",
         f"{say('reasoning', 'sft', 'new')} against {say('reasoning', 'base', 'new')}",
-        at("reasoning", "sft", "new") < at("reasoning", "base", "new"),
+        above(at("reasoning", "base", "new"), at("reasoning", "sft", "new")),
         "this is the SFT that hardly trains, the best of its grid; the others stop to reason (length 2) and end lower",
     )
     widths = [16, 32, 64, 128]
@@ -186,22 +196,22 @@ def claims(at):
         "SDFT gains on SFT with size (SDFT minus SFT)",
         "3B −3.3, 7B +4.0, 14B +6.9 points",
         ", ".join(f"{n} wide: {say('scaling', f'width {n}', 'gap')}" for n in widths),
-        gaps[-1] > gaps[0],
-        "not by reading demonstrations, which all sizes do here: where the base alone is hardly ever right, there is nothing to reinforce",
+        above(gaps[1:], gaps[:-1]).all(0),
+        "every size here reads demonstrations; at 32 SFT learns half of the skill and SDFT, at the rate chosen for 128, nothing; from 64 on both learn it",
     )
     yield (
         "pass@k: SDFT above SFT above the base for every k",
         "for k up to 128",
         "; ".join(f"{arm} {say('pass_at_k', arm.lower(), 'pass@1')} … {say('pass_at_k', arm.lower(), 'pass@64')}" for arm in ("base", "SFT", "SDFT")),
-        (pass_at("sdft") >= pass_at("sft")).all(0) & (pass_at("sft") >= pass_at("base")).all(0),
-        "SDFT is above the base throughout and SFT as good; the base has the right answer among a few tries, so here it is sharpening",
+        above(pass_at("sdft"), pass_at("sft")).all(0) & above(pass_at("sft"), pass_at("base")).all(0),
+        "both are above the base up to k = 8 and neither above the other; the base has the right answer among 16 tries, so here it is sharpening",
     )
     yield (
         "on-policy matters",
         "SDFT about 70, the same loss on the teacher's responses 63, SFT on those 61",
         f"{say('on_policy', 'sdft', 'new')}, {say('on_policy', 'offline, reverse KL', 'new')}, "
         f"{say('on_policy', 'sft, offline', 'new')}",
-        at("on_policy", "sdft", "new") > at("on_policy", "offline, reverse KL", "new"),
+        above(at("on_policy", "sdft", "new"), at("on_policy", "offline, reverse KL", "new")),
         "the teacher's responses are in the model's own style, and so close to its own",
     )
     yield (
@@ -209,7 +219,7 @@ def claims(at):
         "about 70 against 65",
         f"α .02 {say('teacher_weights', 'α .02', 'new')}, frozen {say('teacher_weights', 'frozen', 'new')}; "
         f"at the highest rate {say('teacher_weights', 'fast, α .02', 'new')}, {say('teacher_weights', 'fast, frozen', 'new')}",
-        at("teacher_weights", "α .02", "new") > at("teacher_weights", "frozen", "new"),
+        above(at("teacher_weights", "α .02", "new"), at("teacher_weights", "frozen", "new")),
         "the start is already a good teacher; at too high a rate an EMA teacher follows the student into collapse, a frozen one holds it",
     )
     yield (
@@ -217,8 +227,8 @@ def claims(at):
         "it does",
         f"collapsed: {say('teacher_weights', 'live', 'collapsed')}; at the highest rate live {say('teacher_weights', 'fast, live', 'collapsed')}, "
         f"frozen {say('teacher_weights', 'fast, frozen', 'collapsed')}",
-        at("teacher_weights", "fast, live", "collapsed") > at("teacher_weights", "fast, frozen", "collapsed"),
-        "only at a rate that is too high, where an EMA teacher collapses too",
+        at("teacher_weights", "live", "collapsed") > 0,
+        "not at SDFT's rate; at the highest it does on every seed, and an EMA teacher with α = .2 too, while the frozen one holds",
     )
     yield (
         "the sum over the vocabulary is less noisy than the sampled token",

@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import model
 import sdft
 import train_toy
 from data import toy
 from experiments import common
-from model import write_atomically
 
 
 def main(name, argv=None):
@@ -90,13 +90,16 @@ def run(name, module, args):
     values = lambda arm, key: [finished[arm, seed][key] for seed in seeds_of(arm)]
     rows = [{"arm": a, "metrics": {m: [v[m] for v in values(a, "metrics")] for m in finished[a, 0]["metrics"]}} for a in module.ARMS]
     result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(sum(sum(values(a, "seconds")) for a in module.ARMS))}
-    write_atomically(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
+    model.write_atomically(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
     return rows
 
 
 def fingerprint(module, quick, inputs=""):
     """{arm: a number that changes with its settings, the code behind it and the experiment's own inputs}."""
-    code = train_toy.fingerprint(*(inspect.getsource(part) for part in (module, common, train_toy, sdft, toy)))
+    names = {str(getattr(value, "__module__", "")) for value in vars(module).values()}  # context.py uses a function of knowledge.py, say
+    names = {n for n in names if n.startswith("experiments.")} - {module.__name__, "experiments.settings"}  # settings are in the arms
+    others = [sys.modules[n] for n in sorted(names)]
+    code = train_toy.fingerprint(*(inspect.getsource(part) for part in (module, *others, common, train_toy, sdft, model, toy)))
     say = lambda settings: json.dumps(settings, default=lambda function: function.__qualname__)
     return {arm: zlib.crc32(f"{code} {quick}{inputs} {say(settings)}".encode()) for arm, settings in module.ARMS.items()}
 
@@ -174,6 +177,8 @@ def mean_and_spread(values):
         return ""
     if np.max(np.abs(values)) >= 1000:
         return f"{np.mean(values):,.0f}"
+    if np.max(np.abs(values)) >= 100:
+        return f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}" if len(values) > 1 else f"{values[0]:.0f}"
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
@@ -187,6 +192,6 @@ def draw(figure, rows, path):
     import matplotlib.pyplot as plt
 
     drawn = figure(rows, plt)
-    write_atomically(path, lambda tmp: drawn.savefig(tmp, format="png", dpi=150, bbox_inches="tight"))
+    model.write_atomically(path, lambda tmp: drawn.savefig(tmp, format="png", dpi=150, bbox_inches="tight"))
     plt.close(drawn)
     print(f"wrote {path}")
