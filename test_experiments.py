@@ -254,7 +254,7 @@ def test_the_readmes_tables_are_what_the_report_writes_from_the_committed_result
 
 
 def test_where_nothing_differs_no_claim_holds():
-    assert not any(holds.any() for *_, holds, _ in report.claims(lambda *where: np.full(5, 0.5)))
+    assert not any(holds.any() for *_, holds, _ in report.claims(lambda *where: np.zeros(5)))
 
 
 def test_the_report_changes_with_the_results_and_only_in_its_parts():
