@@ -35,21 +35,20 @@ from train_gpt2 import contains
 DATA = Path(__file__).parent.parent / "data"
 LOOKS = 8  # at the student during training
 MAX_NEW_TOKENS = 32
-SFT = dict(method="sft", lr=2e-5, steps=48)
+SFT = dict(method="sft", lr=5e-5, steps=96)
 SDFT = dict(method="sdft", kl="forward", teacher_reads="article", lr=2e-4, steps=144)
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
     "sft": SFT,
-    "sdft, forward KL": SDFT,
+    "sft, stopped": SFT | dict(stop=0.75),  # at SDFT's accuracy
+    "sdft": SDFT,
+    "sft, 48 at 2e-5": SFT | dict(lr=2e-5, steps=48),
     "sdft, reverse KL": SDFT | dict(kl="reverse"),
-    "sft, rate 5e-6": SFT | dict(lr=5e-6, steps=96),
-    "sft, rate 5e-5": SFT | dict(lr=5e-5),
-    "teacher reads article and answer": dict(reads="both"),
-    "sdft, article and answer": SDFT | dict(teacher_reads="both"),
-    "sdft, article and answer, first 3 skipped": SDFT | dict(teacher_reads="both", skip_tokens=3),
     "sdft, EMA teacher": SDFT | dict(alpha=0.02),
-    "sdft, rate 1e-4": SDFT | dict(lr=1e-4),
+    "sdft, article and answer": SDFT | dict(teacher_reads="both"),
+    "sdft, article and answer, 3 skipped": SDFT | dict(teacher_reads="both", skip_tokens=3),
+    "oracle, article and answer": dict(reads="both"),
 }
 ONCE = [*ARMS][5:]
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in ARMS.items()}

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.all import NAMES
+from experiments.all import NAMES as ON_THE_TOY
 from experiments.pass_at_k import KS
 from experiments.runner import mean_and_spread, table
 from experiments.settings import chosen
 
 HERE = Path(__file__).parent
 RESULTS, ASSETS, README = HERE / "results", HERE.parent / "assets", HERE.parent / "README.md"
+NAMES = [*ON_THE_TOY, "real_model"]
 MISSING = "not measured yet"
 SWEEPS = {"pareto": ("val new", "val prior"), "knowledge": ("val strict", "val known"), "reasoning": ("val new", "val prior")}
 
