@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import model as model_file
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, linear
 from sdft import chunked_sdft_loss, completion_hidden, ema_update, rollout, sample, sdft_loss, train_step, update
 
 PROMPT, TEACHER_PROMPT = 64, 128  # tokens
@@ -64,7 +63,7 @@ def bench(student, sampler, optimizer, chunk, B, C, kl, dtype, device):
     autocast is the caller's."""
     V, rollout_dtype = student.config.vocab_size, sampler.wte.weight.dtype
     print(
-        f"device {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, {torch.get_num_threads()} threads, "
+        f"device {device}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}\n{sum(p.numel() for p in student.parameters()) / 1e6:.0f}M parameters, arithmetic in {name(dtype)}, "
         f"rollout in {name(rollout_dtype)}\nbatch {B}, prompt {PROMPT}, teacher's prompt {TEACHER_PROMPT}, completion {C} tokens",
         flush=True,
@@ -72,7 +71,8 @@ def bench(student, sampler, optimizer, chunk, B, C, kl, dtype, device):
     with torch.autocast(device.type, enabled=False):
         bandwidth, matmul = limits(device, dtype)
         rollout_matmul = matmul if rollout_dtype == dtype else limits(device, rollout_dtype)[1]
-    print(f"limits: {bandwidth / 1e9:.1f} GB/s, {matmul / 1e9:.0f} GFLOP/s in {name(dtype)}, {rollout_matmul / 1e9:.0f} in {name(rollout_dtype)}\n")
+    rates = {name(rollout_dtype): rollout_matmul, name(dtype): matmul}
+    print(f"limits: {bandwidth / 1e9:.1f} GB/s, " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {n}" for n, rate in rates.items()) + "\n")
 
     teacher = copy.deepcopy(student).requires_grad_(False)
     prompts, teacher_prompts = ([torch.randint(V, (n,)).tolist() for _ in range(B)] for n in (PROMPT, TEACHER_PROMPT))
@@ -116,7 +116,7 @@ def bench(student, sampler, optimizer, chunk, B, C, kl, dtype, device):
     # clipping reads and writes the gradient; AdamW reads weight, gradient and two moments, and writes all but the gradient
     rows += [("clipping, AdamW", median_seconds(step, device), 4 * weights * 9 / bandwidth)]
     rows += [("EMA", median_seconds(lambda: ema_update(teacher, student, 0.02), device), 4 * weights * 3 / bandwidth)]
-    settings = dict(kl=kl, generator=generators, sampler=sampler, chunk=chunk)
+    settings = dict(kl=kl, generator=generators, sampler=None if sampler is student else sampler, chunk=chunk)
     whole = median_seconds(lambda: train_step(student, teacher, optimizer, prompts, teacher_prompts, C, -1, **settings), device, 3)
     rows += [("the whole update", whole, sum(best for *_, best in rows))]
 
@@ -142,8 +142,8 @@ def gains():
     p = torch.randn(8, V).softmax(-1)
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
     with torch.no_grad():
-        yield "a step's logits in float32: weights on the right of the product, or on the left", ms(lambda: F.linear(x, head)), ms(lambda: model_file.linear(x, head))
-        yield "a step's queries, keys and values, likewise", ms(lambda: F.linear(x, wide)), ms(lambda: model_file.linear(x, wide))
+        for what, weight in [("logits in float32, weights on the right of the product, or on the left", head), ("queries, keys and values, likewise", wide)]:
+            yield f"a step's {what}", ms(lambda: F.linear(x, weight)), ms(lambda: linear(x, weight))
         q, kv = torch.randn(8, 12, 1, 64), torch.randn(2, 8, 12, 128, 64)
         attention = lambda q, kv: ms(lambda: F.scaled_dot_product_attention(q, *kv))
         yield "a step's attention to 128 keys: bfloat16, or float32", attention(q.bfloat16(), kv.bfloat16()), attention(q, kv)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import model as model_file
+import cuda_graphs
 import train_gpt2
-from model import GPT, GPTConfig, GraphedGPT, KVCache, StaticKVCache
+from cuda_graphs import GraphedGPT, StaticKVCache
+from model import GPT, GPTConfig, KVCache, linear
 from sdft import chunked_sdft_loss, completion_logits, pad_left, rollout, sample, sdft_loss, train_step
 
 PROMPTS = [[3, 5, 7], [11], [13, 17, 19, 23]]
@@ -201,7 +202,7 @@ class Replayed:
 @pytest.mark.parametrize("prompts", [PROMPTS, [[3]], [[3, 5], [7, 11]]], ids=["ragged", "one token", "even"])
 def test_replayed_decoding_steps_say_what_the_model_says(prompts, monkeypatch):
     """The recording itself needs a GPU; everything around it is tested here."""
-    monkeypatch.setattr(model_file, "record", Replayed)
+    monkeypatch.setattr(cuda_graphs, "record", Replayed)
     model = perturbed()
     graphed = GraphedGPT(model)
     for seed in range(3):  # every rollout has a cache, and so a recording, of its own
@@ -213,8 +214,8 @@ def test_replayed_decoding_steps_say_what_the_model_says(prompts, monkeypatch):
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (4, 1, 8), (5, 7, 8)])
 def test_a_few_rows_on_the_left_give_the_same_product(shape):
     x, weight, bias = torch.randn(shape), torch.randn(20, 8), torch.randn(20)
-    torch.testing.assert_close(model_file.linear(x, weight, bias), F.linear(x, weight, bias))
-    torch.testing.assert_close(model_file.linear(x, weight), F.linear(x, weight))
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
 
 
 # --- A sampler in place of the student -----------------------------------------------------------------------------

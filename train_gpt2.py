@@ -40,7 +40,8 @@ import torch
 import torch.distributed as dist
 
 import bench
-from model import GPT, OPENAI, GPTConfig, GraphedGPT, make_folder, write_atomically
+from cuda_graphs import GraphedGPT
+from model import GPT, OPENAI, GPTConfig, make_folder, write_atomically
 from sdft import completion_logits, rollout, sdft_loss, sft_loss, student_context, teacher_context, train_step, update
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
