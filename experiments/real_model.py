@@ -35,7 +35,7 @@ from train_gpt2 import contains
 DATA = Path(__file__).parent.parent / "data"
 LOOKS = 8  # at the student during training
 MAX_NEW_TOKENS = 32
-SFT = dict(method="sft", lr=5e-5, steps=96)
+SFT = dict(method="sft", lr=5e-5, steps=48)
 SDFT = dict(method="sdft", kl="forward", teacher_reads="article", lr=2e-4, steps=144)
 ARMS = {
     "base": {},
@@ -43,7 +43,7 @@ ARMS = {
     "sft": SFT,
     "sft, stopped": SFT | dict(stop=0.75),  # at SDFT's accuracy
     "sdft": SDFT,
-    "sft, 48 at 2e-5": SFT | dict(lr=2e-5, steps=48),
+    "sft, rate 2e-5": SFT | dict(lr=2e-5),
     "sdft, reverse KL": SDFT | dict(kl="reverse"),
     "sdft, EMA teacher": SDFT | dict(alpha=0.02),
     "sdft, article and answer": SDFT | dict(teacher_reads="both"),

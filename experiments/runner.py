@@ -77,6 +77,7 @@ def run(name, module, args):
     seeds_of = lambda arm: seeds[:1] if arm in getattr(module, "ONCE", ()) else seeds
     finished = {(row["arm"], row["seed"]): row for row in read(log) if row["code"] == code.get(row["arm"])}
     todo = [(seed, arm) for seed in seeds for arm in module.ARMS if seed in seeds_of(arm) and (arm, seed) not in finished]
+    todo.sort(key=lambda pair: pair[1] in getattr(module, "ONCE", ()))  # last
     print(f"{name}: {len(module.ARMS)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
     make_bases(sorted({seed for seed, _ in todo}), module.WORLDS, args)
     start = time.perf_counter()
