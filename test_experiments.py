@@ -3,6 +3,11 @@
 import importlib
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +138,20 @@ def test_parallel_processes_give_the_same_json_as_one(folder, tmp_path):
     runner.main("context", arguments(folder))
     runner.main("context", arguments(tmp_path, "--jobs", "2"))
     assert result_of(tmp_path, "context") == result_of(folder, "context")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_no_process_behind_and_says_how_to_go_on(number, tmp_path):
+    command = [sys.executable, "-m", "experiments.kl", "--seeds", "4", "--jobs", "2", "--out_dir", tmp_path]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "arms on 4 seeds" in process.stdout.readline()
+    time.sleep(3)  # until the bases are being pretrained
+    process.send_signal(number)
+    assert "the same command goes on" in process.communicate()[1]
+    with pytest.raises(ProcessLookupError):  # the group is empty
+        for _ in range(50):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("flags, words", [(["--seeds", "0"], "--seeds"), (["--jobs", "0"], "--jobs"), (["--out_dir", "LICENSE/x"], "--out_dir")])

@@ -39,6 +39,7 @@ def main(name, argv=None):
     """The experiment of that name: table, JSON and figure."""
     module = importlib.import_module(f"experiments.{name}")
     args = parse_args(module.__doc__, argv, getattr(module, "arguments", None))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process of an arm is left behind
     try:
         rows = run(name, module, args)
     except KeyboardInterrupt:
