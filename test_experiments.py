@@ -125,12 +125,16 @@ def test_an_arm_whose_settings_or_code_changed_runs_again(folder, monkeypatch):
             assert all(before[arm] != now for arm, now in runner.fingerprint(module, quick=True).items())
 
 
-def test_arms_that_cost_too_much_run_on_the_first_seed_alone(folder, monkeypatch):
-    monkeypatch.setattr(teacher, "ARMS", {"base": {}, "teacher": dict(read="teacher_prompts")})
+def test_arms_that_cost_much_run_last_on_the_first_seed_alone_and_not_in_the_quick_setting(folder, monkeypatch):
+    monkeypatch.setattr(teacher, "ARMS", {"teacher": dict(read="teacher_prompts"), "base": {}})
     monkeypatch.setattr(teacher, "ONCE", ["teacher"], raising=False)
-    runner.main("teacher", arguments(folder, "--seeds", "2"))
-    result = json.loads((folder / "teacher.json").read_text())
-    assert [(row["arm"], len(row["metrics"]["accuracy"])) for row in result["rows"]] == [("base", 2), ("teacher", 1)]
+    ran = []
+    monkeypatch.setattr(runner, "run_arm", lambda name, seed, arm: ran.append((seed, arm)) or dict(arm=arm, seed=seed, metrics={"accuracy": 1.0}, seconds=1))
+    monkeypatch.setattr(runner, "make_bases", lambda *a: None)
+    for quick, expected in [(["--quick"], [(0, "base"), (1, "base")]), ([], [(0, "base"), (1, "base"), (0, "teacher")])]:
+        runner.main("teacher", ["--jobs", "1", "--out_dir", str(folder / f"once{len(quick)}"), "--seeds", "2", *quick])
+        assert ran == expected
+        ran.clear()
 
 
 def test_parallel_processes_give_the_same_json_as_one(folder, tmp_path):

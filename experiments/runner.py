@@ -9,7 +9,7 @@ An experiment is a module of this package with
     figure    optional: figure(rows, plt) -> a matplotlib figure
     arguments optional: arguments(parser) adds flags of its own, which measure finds in `common.options`
     inputs    optional: inputs(args) -> what its results follow from beside code and settings
-    ONCE      optional: labels of the arms that run on seed 0 only, since one more seed costs too much
+    ONCE      optional: labels of arms that cost much: they run last, on seed 0 only, and not with --quick
 """
 
 import argparse
@@ -75,11 +75,13 @@ def run(name, module, args):
     code behind it have changed."""
     log, seeds = args.out_dir / f"{name}.jsonl", range(args.seeds)
     code = fingerprint(module, args.quick, module.inputs(args) if hasattr(module, "inputs") else "")
-    seeds_of = lambda arm: seeds[:1] if arm in getattr(module, "ONCE", ()) else seeds
+    once = getattr(module, "ONCE", ())
+    arms = [arm for arm in module.ARMS if not (args.quick and arm in once)]
+    seeds_of = lambda arm: seeds[:1] if arm in once else seeds
     finished = {(row["arm"], row["seed"]): row for row in read(log) if row["code"] == code.get(row["arm"])}
-    todo = [(seed, arm) for seed in seeds for arm in module.ARMS if seed in seeds_of(arm) and (arm, seed) not in finished]
-    todo.sort(key=lambda pair: pair[1] in getattr(module, "ONCE", ()))  # last
-    print(f"{name}: {len(module.ARMS)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
+    todo = [(seed, arm) for seed in seeds for arm in arms if seed in seeds_of(arm) and (arm, seed) not in finished]
+    todo.sort(key=lambda pair: pair[1] in once)
+    print(f"{name}: {len(arms)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
     make_bases(sorted({seed for seed, _ in todo}), module.WORLDS, args)
     start = time.perf_counter()
     for i, row in enumerate(in_processes(run_arm, [(name, seed, arm) for seed, arm in todo], args), 1):
@@ -90,8 +92,8 @@ def run(name, module, args):
         said = "  ".join(f"{k} {row['metrics'][k]:.2f}" for k in module.COLUMNS[:3] if k in row["metrics"])
         print(f"{i:4}/{len(todo)}  seed {row['seed']}  {row['arm']:26} {said}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
     values = lambda arm, key: [finished[arm, seed][key] for seed in seeds_of(arm)]
-    rows = [{"arm": a, "metrics": {m: [v[m] for v in values(a, "metrics")] for m in finished[a, 0]["metrics"]}} for a in module.ARMS]
-    result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(sum(sum(values(a, "seconds")) for a in module.ARMS))}
+    rows = [{"arm": a, "metrics": {m: [v[m] for v in values(a, "metrics")] for m in finished[a, 0]["metrics"]}} for a in arms]
+    result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(sum(sum(values(a, "seconds")) for a in arms))}
     model.write_atomically(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
     return rows
 
