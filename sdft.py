@@ -238,7 +238,11 @@ class ChunkedLoss(torch.autograd.Function):
             kls[rows] = per_token.detach()
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ head
-            if grad_head is not None:
+            if grad_head is None:
+                continue
+            if grad.dtype == grad_head.dtype:
+                grad_head.addmm_(grad.t(), hidden[rows])  # without another (V, D)
+            else:
                 grad_head += grad.t() @ hidden[rows]
         ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
         ctx.mark_non_differentiable(kls)

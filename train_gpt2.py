@@ -649,9 +649,10 @@ def prepare(args, saved, device):
         fail(f"--{changed[0]} {files[changed[0]]} has changed since the run began; restore it, or start in another --out_dir")
 
     student = copy.deepcopy(base)
-    teacher = copy.deepcopy(base).requires_grad_(False)  # with SFT only a reader of demonstrations in samples.jsonl
+    # a teacher that never moves is the base; with SFT it only reads the demonstrations in samples.jsonl
+    teacher = base if args.method == "sft" or args.teacher == "frozen" else copy.deepcopy(base)
     optimizer = make_optimizer(student, args)
-    run = {"base": base.requires_grad_(False), "student": student, "teacher": teacher, "optimizer": optimizer}
+    run = {"base": base.requires_grad_(False), "student": student, "teacher": teacher.requires_grad_(False), "optimizer": optimizer}
     if saved:
         for k in ("student", "teacher", "optimizer"):
             run[k].load_state_dict(saved[k])
