@@ -239,8 +239,9 @@ def measure(seed, arm, reads="question", method=None, stop=None, **settings):
     asked, course, student, start = questions(facts, prior, reads), {}, base, time.perf_counter()
     if method:
         student = copy.deepcopy(base)
-        settings["steps"] //= 6 if options.quick else 1
-        every = max(1, settings["steps"] // LOOKS)
+        if options.quick:
+            settings["steps"] = max(16, settings["steps"] // 6)
+        every = max(1, settings["steps"] // (2 if options.quick else LOOKS))
         for step, loss in enumerate(learn(student, base, tokenizer, facts, seed, method, **settings), 1):
             if step % every == 0:
                 scores = {name: share(answers(student, tokenizer, asked[name])) for name in ("new", "prior")}
