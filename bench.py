@@ -138,12 +138,12 @@ def gains():
     """Rows (what, plain, fast) in ms, at GPT-2's size and 8 rows, on the CPU."""
     cpu, V, D = torch.device("cpu"), 50257, 768
     ms = lambda f: 1e3 * median_seconds(f, cpu, 30)
-    x, head, wide = torch.randn(8, D), torch.randn(V, D), torch.randn(3 * D, D)
+    x, head, wide = torch.randn(8, D), [torch.randn(V, D)], [torch.randn(3 * D, D) for _ in range(12)]  # of all layers, as they come from memory
     p = torch.randn(8, V).softmax(-1)
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
     with torch.no_grad():
-        for what, weight in [("logits in float32, weights on the right of the product, or on the left", head), ("queries, keys and values, likewise", wide)]:
-            yield f"a step's {what}", ms(lambda: F.linear(x, weight)), ms(lambda: linear(x, weight))
+        for what, weights in [("logits in float32, weights on the right of the product, or on the left", head), ("queries, keys and values, likewise", wide)]:
+            yield f"a step's {what}", *(ms(lambda: [product(x, w) for w in weights]) for product in (F.linear, linear))
         q, kv = torch.randn(8, 12, 1, 64), torch.randn(2, 8, 12, 128, 64)
         attention = lambda q, kv: ms(lambda: F.scaled_dot_product_attention(q, *kv))
         yield "a step's attention to 128 keys: bfloat16, or float32", attention(q.bfloat16(), kv.bfloat16()), attention(q, kv)
