@@ -207,7 +207,8 @@ def test_the_experiment_runs_through_and_writes_its_contract_and_its_answers(fol
     for row in result["rows"]:
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in row["metrics"].values())
         assert set(real_model.COLUMNS) <= set(row["metrics"])
-        assert ("new@4" in row["metrics"]) == ("steps" in real_model.ARMS[row["arm"]])
+        settings = real_model.ARMS[row["arm"]]
+        assert ("new@4" in row["metrics"]) == ("steps" in settings and "stop" not in settings)
         answers = json.loads((tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text())
         assert len(answers["new"]) == 4 and {*answers["new"][0]} == {"question", "answer", "right"}
     assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
