@@ -14,7 +14,7 @@ import torch
 from experiments import common, real_model, runner
 from sdft import sdft_loss
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 WORDS = ["Who built the lighthouse?", "A bridge.", "Where?"]
 
 
