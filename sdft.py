@@ -1,27 +1,20 @@
-"""Self-distillation fine-tuning (SDFT), the method of "Self-Distillation Enables Continual Learning", arXiv 2601.19897.
+"""Self-distillation fine-tuning (SDFT): "Self-Distillation Enables Continual Learning".
 
-One model plays two roles on the same prompt x:
+arXiv 2601.19897, v1 of January 2026 and v2 of August 2026. Marks such as "Alg. 1, line 7" and
+"Eq. (2)" are the paper's, numbered as in v1. One model plays two roles on the same prompt x:
 
-    student  π_θ(·|x)     sees the prompt
-    teacher  π_φ(·|x, c)  sees the prompt and c, an expert's demonstration for it; φ is an EMA of θ
+    student  π_θ(·|x)     reads the prompt only, as it will at inference
+    teacher  π_φ(·|x, c)  reads the prompt and c, an expert's demonstration for this very prompt
 
-Algorithm 1, with the numbers that the comments below refer to:
+φ starts as θ and follows it as an exponential moving average (EMA). In one step the student rolls
+out its own response y, both roles score the tokens of y, and the student is pulled towards the
+teacher at every token. The expert's tokens are never a target: c acts only through what the
+teacher makes of it, so the targets stay close to what the model would say by itself.
 
-    1  take a minibatch of prompts and demonstrations (x, c)
-    2  roll out one response y ~ π_θ(·|x) from the student
-    3  score the same y under both: π_θ(·|x, y<t) and π_φ(·|x, c, y<t) for every token t of y
-    4  L(θ) = 1/|y| Σ_t KL(π_θ(·|x, y<t) ‖ π_φ(·|x, c, y<t))                        Eq. (1), gradients through θ only
-    5  a step of the optimiser on θ, then φ ← α θ + (1 - α) φ
-
-Left out on purpose: more than one rollout per prompt (the paper finds that it adds little) and the sampled-token estimator
-of the KL (it finds it noisier), importance weights for stale samples (every sample here is fresh), any reward, critic or generation server.
-
-    symbol            shape      meaning
-    prompts           B lists    token ids of the student's contexts, of any lengths
-    teacher_prompts   B lists    token ids of the teacher's contexts
-    completions       (B, C)     the student's responses, one row each, columns after the end are filler
-    mask              (B, C)     True for completion tokens up to and including the first end-of-sequence token
-    logits            (B, C, V)  position t predicts completion token t
+    prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
+    completions  (B, C)       the student's responses; after its end a row is filled up
+    mask         (B, C)       True for completion tokens up to and including the first end token
+    logits       (B, C, V)    position t predicts completion token t
 """
 
 import math
@@ -29,265 +22,177 @@ import math
 import torch
 import torch.nn.functional as F
 
-# --- Contexts -------------------------------------------------------------------------------------------------------
-
 
 def student_context(prompt):
-    """What the student reads: the prompt and nothing else."""
+    """Ctx_S(x): the prompt and nothing else. Alg. 1, line 6."""
     return prompt
 
 
-def teacher_context(prompt, demonstration, context=None):
-    """What the teacher reads, in the paper's words: the question, an example of a response, a request. The line breaks and
-    the last colon are ours: a model without a chat template answers on the next line.
+def teacher_context(prompt, demonstration, article=None):
+    """Ctx_T(x, c): the question, an example of a response, a request. Alg. 1, line 9.
 
-    `context` is a text to put before the question, an article for knowledge acquisition, say.
+    Words and final colon are the paper's (Sec. 3); the released script has the blank lines, and a
+    full stop at the end. `article` is a text to put in front, for knowledge acquisition.
     """
-    article = f"{context}\n\n" if context else ""
     return (
-        f"{article}{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
-        "Now answer with a response of your own, including the thinking process:\n"
+        (f"{article}\n\n" if article else "")
+        + f"{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+        + "Now answer with a response of your own, including the thinking process:\n"
     )
 
 
-# --- Rollout and scoring --------------------------------------------------------------------------------------------
-
-
-def pad_left(prompts, device):
-    """Token ids (B, P) and the padding of each row (B,), or None where no row needs any. Prompts end in the same column."""
+def left_pad(prompts, device):
+    """Token ids (B, P) and the number of padding tokens per row (B,), None if no row has any."""
     if len(prompts) == 0 or min(len(p) for p in prompts) == 0:
-        raise ValueError("a batch needs at least one prompt and every prompt at least one token; remove the empty ones")
-    P = max(len(p) for p in prompts)
-    pad = [P - len(p) for p in prompts]
-    idx = torch.tensor([[0] * n + list(p) for n, p in zip(pad, prompts)], device=device)
-    return idx, torch.tensor(pad, device=device) if any(pad) else None
+        raise ValueError("a batch needs a prompt and every prompt a token; remove the empty ones")
+    n_pad = [max(len(p) for p in prompts) - len(p) for p in prompts]
+    tokens = torch.tensor([[0] * n + list(p) for n, p in zip(n_pad, prompts)], device=device)
+    return tokens, torch.tensor(n_pad, device=device) if any(n_pad) else None
 
 
 @torch.no_grad()
 def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
-    """The model's responses: completions (B, C) and mask (B, C), C <= max_new_tokens. Alg. 1, step 2.
+    """Sample one response per prompt: completions (B, C) and mask (B, C). Alg. 1, line 7.
 
-    prompts      B lists of token ids, of any lengths
-    temperature  of the sampling; 0 takes the likeliest token
-    generator    torch.Generator on the model's device; the same seed and prompts give the same responses. Or a list of B,
-                 one per row: then a response does not depend on the rows beside it
-
-    A row ends with its first eos_id, which belongs to the response; the rest of the row is eos_id and masked.
+    A row ends with its first eos_id, which is part of the response; the rest of it is filled with
+    eos_id and masked. Temperature 0 is greedy. Asks a model for `kv_cache`, `hidden`, `lm_head`.
+    Raises ValueError if prompt and response do not fit, FloatingPointError if logits explode.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1 and temperature={temperature} at least 0")
-    device = model.wte.weight.device
-    idx, pad = pad_left(prompts, device)
-    B, P = idx.shape
-    if P + max_new_tokens > model.config.block_size:
-        raise ValueError(
-            f"a prompt of {P} tokens and max_new_tokens={max_new_tokens} exceed block_size={model.config.block_size}; "
-            "shorten either"
-        )
-    cache = model.kv_cache(B, P + max_new_tokens - 1)
-    completions = torch.full((B, max_new_tokens), eos_id, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    running = torch.ones(B, dtype=torch.bool, device=device)
-    u = None
-    if isinstance(generator, list):
-        u = torch.stack([torch.rand(max_new_tokens, generator=g, device=device) for g in generator], 1)  # (C, B)
-    for c in range(max_new_tokens):
-        # the whole prompt once, then one token at a time; only the last position is projected on the vocabulary
-        logits = model.next_logits(idx, pad, cache)  # (B, V)
+    if max_new_tokens < 1 or not (temperature == 0 or temperature >= 0.01):
+        raise ValueError("max_new_tokens must be >= 1, temperature 0 (greedy) or >= 0.01")
+    device = next(model.parameters()).device
+    tokens, n_pad = left_pad(prompts, device)  # (B, P)
+    B, P = tokens.shape
+    cache = model.kv_cache(B, P + max_new_tokens)
+    completions = torch.full((B, max_new_tokens), eos_id, device=device)  # (B, C)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)  # (B, C)
+    unfinished = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        # The first pass reads the whole prompt, every later one only the newest token.
+        logits = model.lm_head(model.hidden(tokens, n_pad, cache)[:, -1]).float()  # (B, V)
         if not logits.isfinite().all():
-            raise FloatingPointError("the model's logits are not finite; lower the learning rate")
+            raise FloatingPointError("the logits are not finite; lower the learning rate")
         if temperature == 0:
-            token = logits.argmax(-1)
+            token = logits.argmax(-1)  # (B,)
         else:
-            p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # finite at any temperature
-            token = torch.multinomial(p, 1, generator=generator)[:, 0] if u is None else sample(p, u[c])
-        completions[:, c] = token.where(running, eos_id)
-        mask[:, c] = running
-        running = running & (token != eos_id)
-        if not running.any():
+            probs = (logits / temperature).softmax(-1)  # (B, V)
+            token = torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,)
+        completions[:, t] = token.where(unfinished, eos_id)
+        mask[:, t] = unfinished
+        unfinished = unfinished & (token != eos_id)
+        if not unfinished.any():
             break
-        idx = completions[:, c : c + 1]  # (B, 1)
-    return completions[:, : c + 1], mask[:, : c + 1]
-
-
-def sample(p, u):
-    """One token per row (B,) of probabilities p (B, V), by inverting the distribution function at u (B,), numbers below 1.
-
-    torch.multinomial draws V numbers per row and token, which takes a third of a bfloat16 rollout of GPT-2 on a CPU (`python -m bench`).
-    """
-    cdf = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)  # (B, V)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=p.size(-1) - 1)
-
-
-def completion_hidden(model, prompts, completions):
-    """Hidden states (B, C, D) from which the model predicts completions (B, C) after its own prompts. Alg. 1, step 3.
-
-    The prompts of student and teacher differ in length; padded on the left, both end in the column before the completion,
-    so that column t of the result predicts completion token t in either role.
-    """
-    idx, pad = pad_left(prompts, completions.device)
-    idx = torch.cat([idx, completions[:, :-1]], 1)  # (B, P + C - 1); what follows the last token is not scored
-    return model.hidden(idx, pad)[:, -completions.size(1) :]
+        tokens = completions[:, t : t + 1]  # (B, 1)
+    return completions[:, : t + 1], mask[:, : t + 1]
 
 
 def completion_logits(model, prompts, completions):
-    """Logits (B, C, V) of the same."""
-    return model.head(completion_hidden(model, prompts, completions))
+    """Logits (B, C, V) of the completions (B, C) after their prompts. Alg. 1, lines 10 and 11.
 
+    The two roles' prompts differ in length. Padded on the left, all end in the same column, and
+    column t of the result predicts completion token t in either role (. is padding):
 
-# --- Loss -----------------------------------------------------------------------------------------------------------
-
-
-def sdft_loss(student_logits, teacher_logits, mask, kl="reverse", reduction="sequence"):
-    """Per-token KL between student and teacher over the whole vocabulary, on the student's own tokens. Eq. (1).
-
-    student_logits  (B, C, V)  position t predicts completion token t; finite; carries the gradient
-    teacher_logits  (B, C, V)  on the same tokens; finite; never receives a gradient
-    mask            (B, C)     1 for completion tokens up to and including the first end token, 0 for the rest
-    kl              "reverse"  KL(student ‖ teacher), Eq. (1)
-                    "forward"  KL(teacher ‖ student), what the paper's experiments ran (official repository, issue 5)
-                    "jsd"      Jensen-Shannon divergence, the mean of both to their mixture (GKD, arXiv 2306.13649)
-    reduction       "sequence" mean over a row's tokens, then over all rows, as in Eq. (1) and the released code
-                    "token"    one mean over all tokens
-
-    Returns the loss in nats (a scalar, float32 or better) and info: {"kl": (B, C)}, the detached KL of every token, 0 where
-    masked. A row without a token counts as 0; a batch without one has loss 0 and gradient 0.
+        student  . . x x x | y1 y2 y3        teacher  x x x c c c x | y1 y2 y3
+        student  . x x x x | y1 y2 y3        teacher  . x x x c c x | y1 y2 y3
+                         ^   ^  ^                                 ^   ^  ^
+                   the columns whose logits predict y1, y2 and y3
     """
-    if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != mask.shape or mask.dim() != 2:
-        raise ValueError(
-            f"shapes do not match: student_logits {tuple(student_logits.shape)} and teacher_logits "
-            f"{tuple(teacher_logits.shape)} must be (B, C, V), mask {tuple(mask.shape)} must be (B, C)"
-        )
-    per_token = token_kl(student_logits, teacher_logits, kl)  # (B, C)
-    mask = mask.to(per_token.dtype)
-    per_token = per_token * mask
-    if reduction == "sequence":
-        loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
-    elif reduction == "token":
-        loss = per_token.sum() / mask.sum().clamp(min=1)
-    else:
-        raise ValueError(f"reduction={reduction!r} is unknown; use 'sequence' or 'token'")
-    return loss, {"kl": per_token.detach()}
+    tokens, n_pad = left_pad(prompts, completions.device)  # (B, P)
+    tokens = torch.cat([tokens, completions[:, :-1]], 1)  # (B, P + C - 1): y3 predicts nothing
+    return model.lm_head(model.hidden(tokens, n_pad)[:, -completions.size(1) :])
 
 
-def token_kl(student_logits, teacher_logits, kl="reverse"):
-    """The divergence (...) in nats of every pair of logits (..., V), in float32 or better; as in `sdft_loss`."""
+def token_divergence(student_logits, teacher_logits, divergence="reverse"):
+    """Divergence of the next-token distributions, (..., V) to (...), in nats, in float32 or better.
+
+    reverse  KL(student ‖ teacher), Eqs. (1) and (2)
+    forward  KL(teacher ‖ student), behind all results (v2, Sec. 3; official repository, issue 5)
+    jsd      Jensen-Shannon: the mean of both roles' KL to their mixture
+    """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits.to(dtype), -1)  # (..., V), student
     log_q = F.log_softmax(teacher_logits.detach().to(dtype), -1)  # (..., V), teacher
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
-
-    # the terms q - p of reverse and forward sum to 0 over v; with them every term is >= 0, and the gradient at p = q is 0
-    # to the last bit, not to rounding
-    if kl == "reverse":
-        return (p * log_ratio + q - p).sum(-1)  # Σ_v p log(p/q): Eq. (1)
-    if kl == "forward":
+    # q - p sums to 0 over the vocabulary. With it the gradient at p = q is exactly 0; without it
+    # rounding leaves noise there, which Adam would turn into full-sized steps.
+    if divergence == "reverse":
+        return (p * log_ratio + q - p).sum(-1)  # Σ_v p log(p/q)
+    if divergence == "forward":
         return (p - q - q * log_ratio).sum(-1)  # Σ_v q log(q/p)
-    if kl == "jsd":  # with m = (p + q)/2: log p/m = log 2 - softplus(log q/p); the default threshold of 20 costs 2e-9
-        p_to_m = math.log(2) - F.softplus(-log_ratio, threshold=40)
-        q_to_m = math.log(2) - F.softplus(log_ratio, threshold=40)
-        return (p * p_to_m + q * q_to_m).sum(-1) / 2
-    raise ValueError(f"kl={kl!r} is unknown; use 'reverse', 'forward' or 'jsd'")
+    if divergence == "jsd":  # With m = (p + q)/2, log(p/m) is log 2 - softplus(log(q/p)).
+        log_p_to_m = math.log(2) - F.softplus(-log_ratio, threshold=40)
+        log_q_to_m = math.log(2) - F.softplus(log_ratio, threshold=40)
+        return (p * log_p_to_m + q * log_q_to_m).sum(-1) / 2
+    raise ValueError(f"divergence={divergence!r} is unknown; use 'reverse', 'forward' or 'jsd'")
 
 
-def chunked_sdft_loss(
-    student_hidden, student_head, teacher_hidden, teacher_head, mask, kl="reverse", reduction="sequence", chunk=128
-):
-    """`sdft_loss` of the logits hidden @ head.T, of which only `chunk` tokens exist at a time: the same loss, info and gradients.
+def sdft_loss(student_logits, teacher_logits, mask, divergence="reverse"):
+    """The SDFT loss, a scalar in nats per token, and {"divergence": (B, C)}, detached, 0 if masked.
 
-    student_hidden  (B, C, D)   final hidden states; carries the gradient
-    student_head    (V, D)      the weight of the output layer; carries the gradient
-    teacher_hidden  (B, C, D')  and teacher_head (V, D'): the teacher's, never with a gradient
+    The logits (B, C, V) are finite and of the same completions; only the student's carry a
+    gradient. The mask (B, C) is 1 for the tokens that count; a row without any counts as 0.
 
-    At V = 50,257 the logits of 2,048 tokens are 0.4 GB, and the formula holds several tensors of that size at once: `python -m bench`
-    measures both peaks.
+    This is the analytic per-token estimator (Eq. (2), App. A.1): at every token of the response a
+    sum over the whole vocabulary. It takes the response as given. So its variance is low, and it is
+    biased for the sequence-level KL of Eq. (1): that a token changes what is said after it is left
+    out. Mean over a row's tokens, then over rows; the 1/|y| is the released code's.
     """
-    if student_hidden.shape[:-1] != mask.shape or teacher_hidden.shape[:-1] != mask.shape or chunk < 1:
-        raise ValueError(
-            f"student_hidden {tuple(student_hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)} must be (B, C, D), "
-            f"mask {tuple(mask.shape)} must be (B, C), and chunk={chunk} at least 1"
-        )
-    mask = mask.bool()
-    weight = mask.to(torch.promote_types(student_hidden.dtype, torch.float32))  # (B, C), of every token in the loss
-    if reduction == "sequence":
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=1) / mask.size(0)
-    elif reduction == "token":
-        weight = weight / weight.sum().clamp(min=1)
-    else:
-        raise ValueError(f"reduction={reduction!r} is unknown; use 'sequence' or 'token'")
-    loss, kls = ChunkedLoss.apply(
-        student_hidden[mask], student_head, teacher_hidden[mask].detach(), teacher_head.detach(), weight[mask], kl, chunk
-    )
-    return loss, {"kl": torch.zeros_like(weight).masked_scatter(mask, kls)}
+    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape), tuple(mask.shape)
+    if mask.dim() != 2 or shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2]:
+        raise ValueError("logits {} and {} must be (B, C, V), mask {} (B, C)".format(*shapes))
+    per_token = token_divergence(student_logits, teacher_logits, divergence) * mask  # (B, C)
+    loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return loss, {"divergence": per_token.detach()}
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Σ_n weight[n] KL[n] over N tokens, with its gradients taken chunk by chunk in the forward pass, while the logits exist."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, weight, kl, chunk):
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head, dtype=weight.dtype) if ctx.needs_input_grad[1] else None  # a sum over chunks: not in bfloat16
-        kls = torch.zeros_like(weight)  # (N,)
-        for n in range(0, max(len(hidden), 1), chunk):
-            rows = slice(n, n + chunk)
-            logits = F.linear(hidden[rows], head)  # (n, V)
-            with torch.enable_grad():
-                per_token = token_kl(logits.requires_grad_(), F.linear(teacher_hidden[rows], teacher_head), kl)  # (n,)
-                (grad,) = torch.autograd.grad((per_token * weight[rows]).sum(), logits)  # (n, V)
-            kls[rows] = per_token.detach()
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head
-            if grad_head is None:
-                continue
-            if grad.dtype == grad_head.dtype:
-                grad_head.addmm_(grad.t(), hidden[rows])  # without another (V, D)
-            else:
-                grad_head += grad.t() @ hidden[rows]
-        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
-        ctx.mark_non_differentiable(kls)
-        return (kls * weight).sum(), kls
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        (grad_hidden, grad_head), ctx.grads = ctx.grads, None  # V x D is not kept until the loss is forgotten
-        return *(None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_head)), None, None, None, None, None
+def distill_loss(
+    student, teacher, prompts, teacher_prompts, completions, mask, divergence="reverse"
+):
+    """`sdft_loss` of given completions (B, C), scored under both roles. Alg. 1, lines 10 to 14."""
+    student_logits = completion_logits(student, prompts, completions)  # (B, C, V)
+    with torch.no_grad():
+        teacher_logits = completion_logits(teacher, teacher_prompts, completions)  # (B, C, V)
+    return sdft_loss(student_logits, teacher_logits, mask, divergence)
 
 
 def sft_loss(logits, tokens, mask):
-    """What SDFT is compared with: cross entropy of an expert's tokens (B, C) under logits (B, C, V), in nats per token,
-    mean over a row's tokens, then over rows. Off-policy: the tokens are not the student's."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """The SFT baseline, off-policy: cross entropy on the expert's tokens (B, C), nats per token."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, C, V)
     nll = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * mask  # (B, C)
     return (nll.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-# --- Teacher and training step --------------------------------------------------------------------------------------
+@torch.no_grad()
+def implicit_reward(student_logits, teacher_logits, completions):
+    """r_t = log π_T(y_t) - log π_S(y_t), (B, C), in nats: SDFT's implicit reward, Eqs. (3)-(6).
+
+    REINFORCE on it has the gradient of the reverse KL: SDFT is on-policy RL without a reward model.
+    """
+    log_ratio = teacher_logits.log_softmax(-1) - student_logits.log_softmax(-1)  # (B, C, V)
+    return log_ratio.gather(2, completions[:, :, None])[:, :, 0]
 
 
 @torch.no_grad()
 def ema_update(teacher, student, alpha):
-    """φ ← α θ + (1 - α) φ, in place, for parameters and buffers. Alg. 1, step 5.
+    """φ ← α θ + (1 - α) φ, in place, buffers included. Alg. 1, line 17.
 
-    alpha 0 keeps a frozen teacher, alpha 1 makes it the live student. Integer buffers are copied.
+    The average lags behind, so that an unlucky update of the student does not become its target.
+    α = 0 is a frozen teacher, α = 1 the live student; .02 is the middle of the paper's sweep.
     """
-    for t, s in zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()], strict=True):
-        if not t.is_floating_point():
-            t.copy_(s)
-        elif t.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"the teacher's weights are {t.dtype}, where an EMA loses small updates; keep it in float32")
-        else:
-            t.lerp_(s.to(t.dtype), alpha)
+    weights = lambda model: [*model.parameters(), *model.buffers()]
+    for t, s in zip(weights(teacher), weights(student), strict=True):
+        if t.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{t.dtype} loses an EMA's small updates; keep the teacher in float32")
+        t.lerp_(s.to(t.dtype), alpha) if t.is_floating_point() else t.copy_(s)
 
 
-def update(model, optimizer, loss, clip=1.0):
-    """One optimiser step on a loss whose gradients are in place; refuses anything that is not finite, weights untouched."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if not math.isfinite(loss) or not torch.isfinite(norm):
-        raise FloatingPointError(f"loss is {loss}, gradient norm {norm.item()}: not finite; lower the learning rate")
+def clip_and_step(model, optimizer, loss, grad_clip=1.0):
+    """Alg. 1, line 16: clip the gradients, step, clear them. Raises if anything is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    if not math.isfinite(loss) or not norm.isfinite():
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}: lower the learning rate")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 def train_step(
@@ -299,66 +204,27 @@ def train_step(
     max_new_tokens,
     eos_id,
     *,
-    kl="reverse",
-    reduction="sequence",
+    divergence="reverse",
     alpha=0.02,
     temperature=1.0,
-    clip=1.0,
+    grad_clip=1.0,
     skip_tokens=0,
-    micro_batch=None,
     generator=None,
-    sync=None,
-    sampler=None,
-    chunk=None,
 ):
-    """Algorithm 1 on one minibatch (step 1 is the caller's). Returns the loss in nats (float) and info: "completions" and
-    "mask" (B, C), what the student said; "kl" (B, C) per token in nats.
+    """Algorithm 1 on one minibatch: the loss (float), and what the student said, (B, C) each.
 
-    alpha        EMA rate of the teacher: 0 frozen, 1 live
-    skip_tokens  completion tokens at the start that carry no loss; the released code has 3, against students that learn
-                 to write "Based on the example"
-    micro_batch  rows scored at a time; fewer save memory and change nothing else
-    generator    as in `rollout`
-    sync         called with the student once its gradients are in place: averages them over several processes, say
-    sampler      a copy of the student to roll out with, in bfloat16, say; it is given the student's weights first
-    chunk        completion tokens whose logits exist at a time (see `chunked_sdft_loss`); None: all of them
+    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3: a
+    student may learn to open with "Based on the example", which it cannot see (v2, Sec. 5).
     """
-    if len(prompts) != len(teacher_prompts) or skip_tokens < 0 or (micro_batch or 1) < 1:
-        raise ValueError(
-            f"{len(prompts)} prompts need as many teacher_prompts (here {len(teacher_prompts)}), skip_tokens={skip_tokens} must "
-            f"be at least 0, micro_batch={micro_batch} at least 1"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    if sampler is None:
-        completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)  # Alg. 1, step 2
-    else:
-        sampler.load_state_dict(student.state_dict())
-        with torch.autocast(sampler.wte.weight.device.type, enabled=False):  # in the sampler's own dtype
-            completions, mask = rollout(sampler, prompts, max_new_tokens, eos_id, temperature, generator)
-    scored = mask.clone()  # (B, C)
-    scored[:, :skip_tokens] = False
-    weight = torch.ones(len(prompts)) if reduction == "sequence" else scored.sum(1)  # (B,), of a row in the loss
-
-    B, total, kls = len(prompts), 0.0, []
-    for i in range(0, B, micro_batch or B):
-        rows = slice(i, i + (micro_batch or B))
-        student_hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D), Alg. 1, step 3
-        with torch.no_grad():
-            teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])  # (b, C, D)
-
-        if chunk is None:  # Alg. 1, step 4: Eq. (1)
-            logits = student.head(student_hidden), teacher.head(teacher_hidden)  # (b, C, V)
-            loss, info = sdft_loss(*logits, scored[rows], kl, reduction)
-        else:
-            hidden_and_head = student_hidden, student.wte.weight, teacher_hidden, teacher.wte.weight
-            loss, info = chunked_sdft_loss(*hidden_and_head, scored[rows], kl, reduction, chunk)
-        share = weight[rows].sum().item() / max(weight.sum().item(), 1)
-        (loss * share).backward()  # the micro-batches add up to the gradient of the whole batch
-        total += loss.item() * share
-        kls.append(info["kl"])
-
-    if sync:
-        sync(student)
-    update(student, optimizer, total, clip)  # Alg. 1, step 5: θ
-    ema_update(teacher, student, alpha)  # Alg. 1, step 5: φ
-    return total, {"completions": completions, "mask": mask, "kl": torch.cat(kls)}
+    # Alg. 1, line 7: one response per prompt, from the student itself.
+    completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)
+    loss_mask = mask.clone()
+    loss_mask[:, :skip_tokens] = False
+    # Lines 10 to 14: both roles score it. The gradient is Eq. (2), and goes to the student only.
+    loss, info = distill_loss(
+        student, teacher, prompts, teacher_prompts, completions, loss_mask, divergence
+    )
+    loss.backward()
+    clip_and_step(student, optimizer, loss.item(), grad_clip)  # Line 16.
+    ema_update(teacher, student, alpha)  # Line 17.
+    return loss.item(), info | {"completions": completions, "mask": mask, "loss_mask": loss_mask}

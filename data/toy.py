@@ -1,22 +1,32 @@
-"""A world of small arithmetic in which a model can know, half know, or not know a skill. numpy only, seeded.
+"""A world of small arithmetic: a skill is known, taken for another one, or cannot be known.
 
-A prompt names an operation and gives three digits: `?X425=`. The answer folds the operation's 10 x 10 table over the
-digits from the left and writes every intermediate result, then the end token: `88.` where X(4, 2) = 8 and X(8, 5) = 8.
+numpy only; every line is made anew from a seed. A token is a character. data/README.md has an
+example of every kind of line.
 
-  A ... H  prior skills, known: the benchmark that fine-tuning must not damage
-  X, Y, Z  new skills, half known: in pretraining their prompts follow the right table 60% of the time, otherwise a
-           random one
-  M ... W  unknown names: a fresh random table each time, so that without a demonstration there is nothing to know,
-           and with one the answer has to be read from the context; they teach in-context learning
+A prompt names an operation and gives a few digits: `?X425=`. The answer folds the operation's
+10 x 10 table over the digits from the left and writes every intermediate result, then the end
+token: `88.`, since X(4, 2) = 8 and X(8, 5) = 8.
 
-Two styles carry the same content. The model's own answers are digits, an expert's demonstrations are letters, a-j for
-0-9. The teacher prompt `?X425!ii.=` shows a demonstration, and its answer is in the model's own style again: `88.`.
-An answer-only demonstration, `i.`, leaves out the reasoning.
+  A ... H  prior skills, known: the benchmark that fine-tuning must not damage.
+  X, Y, Z  new skills. What pretraining makes of them is the difference between two worlds:
+           rivals       a prompt's whole answer follows either the skill's own table, the correct
+                        one, or the table of one prior skill, its rival. The own table is likelier
+                        if the first digit is 0 to 3, the rival if it is 4 to 9, so that the base's
+                        greedy answer is correct on about four inputs of ten (train_toy.py).
+           half known   an answer follows the own table 60% of the time, otherwise a random one, so
+                        that the greedy answer is correct already (experiments/).
+  M ... W  unknown names: a fresh random table each time. Only a demonstration can tell, so they
+           teach in-context learning.
 
-A second world holds facts: each of 100 entities, named by two letters, has two attributes, digits. `?Acj=` asks for the
-attributes of cj and their sum, `?Bcj=` for the attributes and their difference: `471.` and `477.`.
+Two styles carry the same content. The model's own answers are digits, an expert's demonstrations
+are letters, a-j for 0-9. The teacher's prompt `?X425!ii.=` holds a demonstration, and its answer is
+in the model's own style again: `88.`. An answer-only demonstration, `i.`, omits the reasoning.
 
-Shapes: n rows of token ids; see data/README.md for an example of every kind of line.
+A third world holds facts: each of 100 entities, named by two letters, has two digits as
+attributes. `?Acj=` asks for the attributes of cj and their sum, `?Bcj=` for the attributes and
+their difference: `471.` and `477.`.
+
+Shapes: n rows of token ids, N = 3 digits, R = N - 1 results.
 """
 
 import math
@@ -33,20 +43,34 @@ PRIOR = {
     "G": lambda a, b: 3 * a + b,
     "H": lambda a, b: np.where(b % 2 == 1, 9 - a, a),
 }
-# arbitrary tables that anyone can check: the first 100 decimals of √2, √3 and √5; nothing to derive, they have to be known
-DECIMALS = {k: np.array([*str(math.isqrt(n * 10**200))[1:101]], int).reshape(10, 10) for k, n in {"X": 2, "Y": 3, "Z": 5}.items()}
-NEW = {k: lambda a, b, table=table: table[a, b] for k, table in DECIMALS.items()}
-KNOWN = {**PRIOR, **NEW}
+NEW = {"X": 2, "Y": 3, "Z": 5}  # the table is made of the decimals of this number's square root
+RIVALS = {"X": "A", "Y": "C", "Z": "F"}  # the prior skill that a new one is taken for
+P_OWN = (0.8, 0.25)  # how often a new skill follows its own table: first digit 0 to 3, or 4 to 9
+P_HALF_KNOWN = 0.6  # the same in the half-known world
+KNOWN = [*PRIOR, *NEW]
 UNKNOWN = "MNOPQRSTUVW"
-RIGHT = 0.6  # how often a new skill's prompt follows its own table in pretraining
 
-VOCAB = "0123456789" + "abcdefghij" + ".?!=" + "".join(KNOWN) + UNKNOWN  # digit d is token d, its expert letter token 10 + d
+VOCAB = "0123456789" + "abcdefghij" + ".?!=" + "".join(KNOWN) + UNKNOWN
 EOS = VOCAB.index(".")
-LETTERS = 10  # add to a digit's token for the expert's letter
+LETTERS = 10  # digit d is token d, the expert's letter for it is token LETTERS + d
 N_DIGITS = 3
 
+
+def decimals(n):
+    """The first 100 decimals of the square root of n, 1 < n < 100, as a table (10, 10).
+
+    Arbitrary tables that anyone can check: there is nothing to derive, they must be known.
+    """
+    return np.array([*str(math.isqrt(n * 10**200))[1:101]], int).reshape(10, 10)
+
+
 _a, _b = np.mgrid[:10, :10]
-TABLES = np.stack([f(_a, _b) % 10 for f in KNOWN.values()])  # (11, 10, 10), in the order of KNOWN
+TABLES = np.stack(  # (11, 10, 10), in the order of KNOWN
+    [operation(_a, _b) % 10 for operation in PRIOR.values()] + [decimals(n) for n in NEW.values()]
+)
+RIVAL = np.array(  # (22,), the place of every operation's rival; most are their own
+    [(KNOWN + [*UNKNOWN]).index(RIVALS.get(name, name)) for name in KNOWN + [*UNKNOWN]]
+)
 
 
 def encode(text):
@@ -58,99 +82,136 @@ def decode(ids):
 
 
 def solve(tables, digits):
-    """Fold tables (n, 10, 10) over digits (n, 3): the intermediate results (n, 2), the answer last."""
-    row, result, steps = np.arange(len(digits)), digits[:, 0], []
-    for d in digits.T[1:]:
-        result = tables[row, result, d]
-        steps.append(result)
-    return np.stack(steps, 1)
+    """Fold tables (n, 10, 10) over digits (n, N): the results (n, R), the last is the answer."""
+    row, result, results = np.arange(len(digits)), digits[:, 0], []
+    for column in digits.T[1:]:
+        result = tables[row, result, column]
+        results.append(result)
+    return np.stack(results, 1)
 
 
 def _columns(*parts):
     """Join token columns side by side; a string stands for the same tokens in every row."""
-    n = next(len(p) for p in parts if not isinstance(p, str))
-    return np.concatenate([np.tile(encode(p), (n, 1)) if isinstance(p, str) else p.reshape(n, -1) for p in parts], 1)
+    n = next(len(part) for part in parts if not isinstance(part, str))
+    columns = []
+    for part in parts:
+        text = isinstance(part, str)
+        columns.append(np.tile(encode(part), (n, 1)) if text else part.reshape(n, -1))
+    return np.concatenate(columns, 1)
 
 
-def student_prompts(names, digits):
-    """`?X425=` for name tokens (n,) and digits (n, 3): (n, 6)."""
+def student_context(names, digits):
+    """Ctx_S: `?X425=` for name tokens (n,) and digits (n, N), (n, N + 3)."""
     return _columns("?", names, digits, "=")
 
 
-def teacher_prompts(names, digits, demonstrations):
-    """`?X425!ii.=`: the same question with a demonstration (n, 3) for it: (n, 10)."""
+def teacher_context(names, digits, demonstrations):
+    """Ctx_T: `?X425!ii.=`, the same question with a demonstration (n, R + 1) for it."""
     return _columns("?", names, digits, "!", demonstrations, "=")
 
 
 def answers(results, style="own"):
-    """Results (n, R) written out and ended, (n, R + 1): `88.` in the model's own style, `ii.` in the expert's; "short" is
-    the expert's without the reasoning, (n, 2): `i.`."""
+    """Results (n, R) written out and ended, (n, R + 1).
+
+    "own" `88.`, "expert" `ii.`, or "short", the expert's without the reasoning, (n, 2): `i.`.
+    """
     results = results[:, -1:] if style == "short" else results
     return _columns(results + LETTERS * (style != "own"), ".")
 
 
-def is_right(completions, answers):
-    """Which completions (n, C), filled up with EOS, say what answers (n, A) say and then end, in either style: (n,)."""
+def is_correct(completions, answers):
+    """Which completions (n, C), filled up with EOS, give the results of answers (n, A) and end.
+
+    Digits and letters count alike: (n,).
+    """
     width = max(completions.shape[1], answers.shape[1])
-    c, a = (np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=EOS) for x in (completions, answers))
-    return (_content(c) == _content(a)).all(1)
+    pad = lambda x: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=EOS)
+    return (_content(pad(completions)) == _content(pad(answers))).all(1)
 
 
-def is_right_at_last(completions, answers):
-    """Which completions end and give the right result just before, whatever they say on the way there: (n,)."""
+def is_last_correct(completions, answers):
+    """Which completions end, and have the correct result just before the end: (n,)."""
     last = lambda x: np.take_along_axis(x, (x != EOS).sum(1, keepdims=True) - 1, 1)[:, 0]
     return (_content(last(completions)) == last(answers)) & (completions[:, -1] == EOS)
 
 
 def _content(tokens):
-    return np.where((tokens >= LETTERS) & (tokens < 2 * LETTERS), tokens - LETTERS, tokens)
+    """The tokens with digits in place of letters."""
+    is_letter = (tokens >= LETTERS) & (tokens < 2 * LETTERS)
+    return np.where(is_letter, tokens - LETTERS, tokens)
 
 
-# --- Skills ---------------------------------------------------------------------------------------------------------
+def rivals_batch(rng, n, seed=0):
+    """n lines of pretraining in the world of rivals: prompts (n, P), own-style answers (n, R + 1).
+
+    All lines of a batch have a demonstration, or none has one.
+    """
+    style, kind, index = _operations(rng, n, shares=(0.45, 0.51, 0.04))
+    digits = rng.integers(10, size=(n, N_DIGITS))
+    p_own = np.where(digits[:, 0] < 4, *P_OWN)
+    table = np.where(rng.random(n) < p_own, index, RIVAL[index])
+    return _lines(rng, style, index, table, kind == 2, digits)
 
 
-def skills_batch(rng, n, seed=0):
-    """n lines of the base's pretraining: prompts (n, P), with or without a demonstration, and own-style answers (n, 3)."""
+def half_known_batch(rng, n, seed=0):
+    """The same in the world of half-known skills."""
+    style, kind, index = _operations(rng, n, shares=(0.55, 0.37, 0.08))
+    is_guess = (kind == 2) | (kind == 1) & (rng.random(n) >= P_HALF_KNOWN)
+    return _lines(rng, style, index, index, is_guess)
+
+
+def _operations(rng, n, shares):
+    """Demonstrations' style or None, kind (n,), place in the alphabet of operations (n,).
+
+    `shares` of prior (kind 0), new (1) and unknown operations (2) if there is no demonstration.
+    """
     style = rng.choice([None, "expert", "short"], p=[0.80, 0.14, 0.06])
-    share = (0.40, 0.30, 0.30) if style else (0.55, 0.37, 0.08)  # prior, new, unknown
-    kind = rng.choice(3, n, p=share)
+    kind = rng.choice(3, n, p=(0.40, 0.30, 0.30) if style else shares)
     prior = rng.integers(len(PRIOR), size=n)
     new = len(PRIOR) + rng.integers(len(NEW), size=n)
     unknown = len(KNOWN) + rng.integers(len(UNKNOWN), size=n)
-    names = VOCAB.index("A") + np.choose(kind, [prior, new, unknown])
-    tables = TABLES[np.where(kind == 1, new, prior)]
-    guess = (kind == 2) | (kind == 1) & (rng.random(n) >= RIGHT)
-    tables[guess] = rng.integers(10, size=(guess.sum(), 10, 10))
-    digits = rng.integers(10, size=(n, N_DIGITS))
-    results = solve(tables, digits)
+    return style, kind, np.choose(kind, [prior, new, unknown])
+
+
+def _lines(rng, style, index, table, is_random, digits=None):
+    """Prompts and answers of the operations at `index` (n,), computed by rows of TABLES (n,).
+
+    Where is_random (n,), a fresh random table takes the place of that row.
+    """
+    tables = TABLES[np.where(is_random, 0, table)]  # (n, 10, 10)
+    tables[is_random] = rng.integers(10, size=(is_random.sum(), 10, 10))
+    if digits is None:
+        digits = rng.integers(10, size=(len(index), N_DIGITS))
+    results, names = solve(tables, digits), VOCAB.index("A") + index
     if style:
-        return teacher_prompts(names, digits, answers(results, style)), answers(results)
-    return student_prompts(names, digits), answers(results)
+        return teacher_context(names, digits, answers(results, style)), answers(results)
+    return student_context(names, digits), answers(results)
 
 
 def skill(name, split, seed=0, style="expert"):
-    """One skill's data: {"prompts" (n, 6), "teacher_prompts" (n, 10), "demonstrations" (n, 3), "answers" (n, 3)}.
+    """One skill's data, rows of tokens under four keys:
 
-    The 1,000 possible inputs are shuffled by the seed and cut into 400 for training, 200 for validation and 400 for
-    the test; `style` is that of the demonstrations, see `answers`.
+    prompts (n, N + 3), teacher_prompts, demonstrations in this style, answers (n, R + 1).
+    The 1,000 possible inputs are shuffled by the seed and cut into 400 for training ("train"), 200
+    for validation ("val") and 400 for the test ("test").
     """
     first, last = {"train": (0, 400), "val": (400, 600), "test": (600, 1000)}[split]
-    index = list(KNOWN).index(name)
+    index = KNOWN.index(name)
     inputs = np.random.default_rng([seed, index]).permutation(10**N_DIGITS)[first:last]
-    digits = inputs[:, None] // 10 ** np.arange(N_DIGITS)[::-1] % 10  # (n, 3)
-    results = solve(np.broadcast_to(TABLES[index], (len(digits), 10, 10)), digits)
+    digits = inputs[:, None] // 10 ** np.arange(N_DIGITS)[::-1] % 10  # (n, N)
+    results = solve(np.broadcast_to(TABLES[index], (len(digits), 10, 10)), digits)  # (n, R)
     names, demonstrations = np.full(len(digits), VOCAB.index(name)), answers(results, style)
     return {
-        "prompts": student_prompts(names, digits),
-        "teacher_prompts": teacher_prompts(names, digits, demonstrations),
+        "prompts": student_context(names, digits),
+        "teacher_prompts": teacher_context(names, digits, demonstrations),
         "demonstrations": demonstrations,
         "answers": answers(results),
     }
 
 
-# --- Facts ----------------------------------------------------------------------------------------------------------
+# --- Facts ---------------------------------------------------------------------------------------
 
-FACTS = {"known": (0, 60), "new": (60, 80), "val": (80, 100)}  # of the 100 entities, in the seed's order; val: to choose settings on
+FACTS = {"known": (0, 60), "new": (60, 80), "val": (80, 100)}  # of the entities in the seed's order
 
 
 def _facts(seed):
@@ -160,24 +221,28 @@ def _facts(seed):
 
 
 def _questions(question, entities, attributes):
-    """For "A" or "B" (n,), entities (n,) and their attributes (n, 2): the prompts (n, 5) and the results (n, 3)."""
+    """Prompts (n, 5) and results (n, 3) for "A" or "B" (n,), entities (n,), attributes (n, 2)."""
     operation = TABLES[question - VOCAB.index("A"), attributes[:, 0], attributes[:, 1]]
     name = LETTERS + np.stack([entities // 10, entities % 10], 1)
     return _columns("?", question, name, "="), np.column_stack([attributes, operation])
 
 
 def _with_text(prompts, results, reads):
-    """The question with a text: `?Acj!eh.=` with an article, `?Acj!b.=` with an answer, `?Acj!ehb.=` with both."""
+    """The question with a text: `?Acj!eh.=` an article, `?Acj!b.=` an answer, `?Acj!ehb.=` both."""
     text = {"article": results[:, :-1], "answer": results[:, -1:], "both": results}[reads]
     return _columns(prompts[:, :-1], "!", answers(text, "expert"), "=")
 
 
 def facts_batch(rng, n, seed):
-    """n lines of the pretraining on facts: prompts (n, P) and own-style answers (n, 4). What is known is always told right,
-    the rest at random, so that without a text there is nothing to know and with one it has to be read."""
+    """n lines of the pretraining on facts: prompts (n, P) and own-style answers (n, 4).
+
+    Known facts are always told as they are, the others at random, so that without a text there is
+    nothing to know about them, and with one it has to be read.
+    """
     reads = rng.choice([None, "both", "article", "answer"], p=[0.4, 0.15, 0.35, 0.1])
     attributes, order = _facts(seed)
-    place = np.where(rng.random(n) < (0.25 if reads else 0.7), rng.integers(60, size=n), rng.integers(60, 100, size=n))
+    known = rng.random(n) < (0.25 if reads else 0.7)
+    place = np.where(known, rng.integers(60, size=n), rng.integers(60, 100, size=n))
     entities = order[place]
     told = np.where((place < 60)[:, None], attributes[entities], rng.integers(10, size=(n, 2)))
     prompts, results = _questions(VOCAB.index("A") + rng.integers(2, size=n), entities, told)
@@ -185,11 +250,15 @@ def facts_batch(rng, n, seed):
 
 
 def facts(part, seed=0, question="A", reads="both"):
-    """The questions about one part of FACTS, in the form of `skill`. `reads` is what the teacher reads: the "article", which gives the
-    attributes, the "answer", which is the result, or "both"; the demonstrations are always the full answers."""
+    """The questions on one part of FACTS, in the form of `skill`.
+
+    `reads` is what the teacher reads: the "article" (the attributes), the "answer" (the result) or
+    "both". The demonstrations are always full answers.
+    """
     attributes, order = _facts(seed)
     entities = order[slice(*FACTS[part])]
-    prompts, results = _questions(np.full(len(entities), VOCAB.index(question)), entities, attributes[entities])
+    asked = np.full(len(entities), VOCAB.index(question))
+    prompts, results = _questions(asked, entities, attributes[entities])
     return {
         "prompts": prompts,
         "teacher_prompts": _with_text(prompts, results, reads),

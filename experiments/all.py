@@ -11,18 +11,31 @@ import time
 from experiments import runner
 
 NAMES = [
-    "sequential", "pareto", "knowledge", "context", "reasoning", "teacher", "teacher_weights", "kl", "on_policy", "scaling", "pass_at_k",
-]  # fmt: skip
+    "sequential",
+    "pareto",
+    "knowledge",
+    "context",
+    "reasoning",
+    "teacher",
+    "teacher_weights",
+    "kl",
+    "on_policy",
+    "scaling",
+    "pass_at_k",
+]
 
 
 def main(argv=None):
-    args, began = runner.parse_args(__doc__, argv), time.perf_counter()
-    worlds = {world: None for name in NAMES for world in importlib.import_module(f"experiments.{name}").WORLDS}
-    print(f"bases: {len(worlds)} for each of {args.seeds} seeds", flush=True)
-    runner.make_bases(range(args.seeds), worlds, args)
-    for i, name in enumerate(NAMES, 1):
-        print(f"\n[{i}/{len(NAMES)}, {(time.perf_counter() - began) / 60:.0f} minutes so far]", flush=True)
-        runner.main(name, argv)
+    with runner.errors_as_sentences():
+        args, start = runner.parse_args(__doc__, argv), time.perf_counter()
+        modules = [importlib.import_module(f"experiments.{name}") for name in NAMES]
+        worlds = dict.fromkeys(world for module in modules for world in module.WORLDS)
+        print(f"bases: {len(worlds)} for each of {args.seeds} seeds", flush=True)
+        runner.make_bases(range(args.seeds), worlds, args)
+        for i, name in enumerate(NAMES, 1):
+            minutes = (time.perf_counter() - start) / 60
+            print(f"\n[{i}/{len(NAMES)}, {minutes:.0f} minutes so far]", flush=True)
+            runner.experiment(name, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What must the teacher see to teach facts? The expert's answer, the article, or both.
+"""What must the teacher read to teach facts? The expert's answer, the article, or both.
 
 The paper (knowledge, strict): answer only about 37, article only about 75, both 89.
 
     python -m experiments.context --seeds 5
 
-The facts of experiments/knowledge.py and SDFT's settings from there. For `?Acj=` the article `eh` gives cj's attributes, the answer `b`
-their sum, both together `ehb`.
-
-Expect the answer alone to teach the sums but made-up attributes (lenient without strict), and nothing that helps with the other question.
+The facts of experiments/knowledge.py and SDFT's settings from there. For `?Acj=` the article `eh`
+gives cj's attributes, the answer `b` their sum, both together `ehb`. "teacher" is the base's
+accuracy when it reads that text.
 """
 
 from data import toy
@@ -17,14 +16,15 @@ from experiments.knowledge import facts_metrics
 from experiments.settings import SDFT_FACTS
 from train_toy import evaluate
 
-ARMS = {f"{text} only" if text != "both" else text: dict(text=text, settings=SDFT_FACTS) for text in ("answer", "article", "both")}
+TEXTS = {"answer only": "answer", "article only": "article", "both": "both"}
+ARMS = {arm: dict(text=text, settings=SDFT_FACTS) for arm, text in TEXTS.items()}
 COLUMNS = ["strict", "lenient", "OOD", "known", "teacher"]
 WORLDS = [("facts",)]
 
 
 def measure(seed, text, settings):
-    start = base(seed, "facts")
-    teacher = evaluate(start, {"A": toy.facts("new", seed, reads=text)}, "teacher_prompts", temperature=1.0)[0]["A"]
+    start, sets = base(seed, "facts"), {"A": toy.facts("new", seed, reads=text)}
+    teacher = evaluate(start, sets, "teacher_prompts", temperature=1.0)[0]["A"]
     return facts_metrics(start, seed, settings, teacher_reads=text) | {"teacher": teacher}
 
 

@@ -1,73 +1,88 @@
 """Which divergence, and must it be summed over the vocabulary?
 
-The paper: the analytic KL of every token does best, its estimate from the sampled token is noisier. Its equation is the reverse KL, its
-results were made with the forward KL; replications find no difference, or +6 points for forward.
+The paper: the analytic KL of every token does best, its estimate from the sampled token is noisier
+(App. A.1). Its equations are the reverse KL (v1). By v2 and issue 5 of the official repository its
+results were made with the forward KL. One replication finds no difference, another +6 points for
+the forward KL.
 
     python -m experiments.kl --seeds 5
 
-All at SDFT's settings on skill X. "noise" is the variance of the gradient over rollouts of one minibatch, summed over the weights, as a multiple
-of the squared length of the mean gradient, all at the base's weights: 1 means that noise and signal are of equal size in one update.
+All at SDFT's settings on skill X. "noise" is the variance of the gradient over rollouts of one
+minibatch, summed over the weights, as a multiple of the squared length of the mean gradient, at
+the base's weights: 1 means that noise and signal are of equal size in one update.
 """
 
 import torch
 
 from data import toy
 from experiments import common, runner
-from experiments.common import base, skill, skill_metrics, train
+from experiments.common import base, first_rows, learn_from, skill, skill_metrics, train
 from experiments.settings import SDFT
-from sdft import completion_logits, rollout, sdft_loss
+from sdft import completion_logits, distill_loss, implicit_reward, rollout
 from train_toy import MAX_NEW_TOKENS
 
 
-def sampled_token(student, teacher, batch, generator):
-    """The reverse KL estimated from the sampled tokens alone: its gradient is that of Eq. (1) on average, since
-    Σ_v p ∇log p log(p/q) = ∇ Σ_v p log(p/q)."""
-    y, mask = rollout(student, batch["prompts"], MAX_NEW_TOKENS, toy.EOS, generator=generator)
-    log_p = completion_logits(student, batch["prompts"], y).log_softmax(-1).gather(2, y[:, :, None])[:, :, 0]  # (B, C)
+def sampled_token_loss(student, teacher, batch, generator):
+    """The reverse KL estimated from the sampled tokens alone: REINFORCE on the implicit reward.
+
+    The gradient is that of Eq. (2) on average: Σ_v p log(p/q) ∇log p = ∇ Σ_v p log(p/q).
+    """
+    prompts, teacher_prompts = batch["prompts"], batch["teacher_prompts"]
+    completions, mask = rollout(student, prompts, MAX_NEW_TOKENS, toy.EOS, generator=generator)
+    logits = completion_logits(student, prompts, completions)  # (B, C, V)
     with torch.no_grad():
-        log_q = completion_logits(teacher, batch["teacher_prompts"], y).log_softmax(-1).gather(2, y[:, :, None])[:, :, 0]
-    per_token = (log_p - log_q).detach() * log_p * mask
-    return (per_token.sum(1) / mask.sum(1)).mean(), int(mask.sum())
+        teacher_logits = completion_logits(teacher, teacher_prompts, completions)  # (B, C, V)
+    reward = implicit_reward(logits, teacher_logits, completions)  # (B, C)
+    log_p = logits.log_softmax(-1).gather(2, completions[:, :, None])[:, :, 0]  # (B, C)
+    per_token = -reward * log_p * mask
+    return (per_token.sum(1) / mask.sum(1)).mean()
 
 
-def analytic(kl):
-    def loss(student, teacher, batch, generator):
-        y, mask = rollout(student, batch["prompts"], MAX_NEW_TOKENS, toy.EOS, generator=generator)
-        with torch.no_grad():
-            teacher_logits = completion_logits(teacher, batch["teacher_prompts"], y)
-        return sdft_loss(completion_logits(student, batch["prompts"], y), teacher_logits, mask, kl)[0], int(mask.sum())
-
-    return loss
+def sampled_token_step(student, teacher, optimizer, batch, generator, alpha=0.02):
+    """One update by the sampled tokens alone, in place of `train_toy.sdft_step`."""
+    loss = sampled_token_loss(student, teacher, batch, generator)
+    return learn_from(loss, student, teacher, optimizer, alpha)
 
 
 ARMS = {
-    "reverse": dict(SDFT, loss=analytic("reverse")),
-    "forward": dict(SDFT, kl="forward", loss=analytic("forward")),
-    "jsd": dict(SDFT, kl="jsd", loss=analytic("jsd")),
-    "reverse, sampled token": dict(SDFT, method=sampled_token, loss=sampled_token),
+    "reverse": dict(SDFT),
+    "forward": dict(SDFT, divergence="forward"),
+    "jsd": dict(SDFT, divergence="jsd"),
+    "reverse, sampled token": dict(SDFT, step=sampled_token_step),
 }
 COLUMNS = ["new", "prior", "new greedy", "noise"]
 WORLDS = [("skills",)]
 DRAWS = 64
 
 
-def measure(seed, loss, **settings):
+def measure(seed, **settings):
     start, data = base(seed), skill("X", "train", seed)
     student, _ = train(start, data, seed, **settings)
-    batch = {k: v[:64] for k, v in data.items()}
-    return skill_metrics(student, seed) | {"noise": gradient_noise(start, batch, loss, 4 if common.options.quick else DRAWS)}
+    batch = first_rows(data, 64)
+    prompts, teacher_prompts = batch["prompts"], batch["teacher_prompts"]
+
+    def loss(generator):
+        if settings["step"] is sampled_token_step:
+            return sampled_token_loss(start, start, batch, generator)
+        drawn = rollout(start, prompts, MAX_NEW_TOKENS, toy.EOS, generator=generator)
+        divergence = settings.get("divergence", "reverse")
+        return distill_loss(start, start, prompts, teacher_prompts, *drawn, divergence)[0]
+
+    noise = gradient_noise(start, loss, 4 if common.options.quick else DRAWS)
+    return skill_metrics(student, seed) | {"noise": noise}
 
 
-def gradient_noise(model, batch, loss, draws):
-    """Variance over rollouts of the gradient of loss(model, model, batch, generator), relative to its squared mean."""
-    grads = torch.stack([gradient(model, batch, loss, draw) for draw in range(draws)])  # (draws, weights)
-    variance = grads.var(0).sum()
-    return (variance / (grads.mean(0).square().sum() - variance / draws)).item()  # the mean's square, less its own noise
-
-
-def gradient(model, batch, loss, seed):
-    value, _ = loss(model, model, batch, torch.Generator().manual_seed(seed))
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, [*model.parameters()], allow_unused=False)])
+def gradient_noise(model, loss, draws):
+    """Variance over rollouts of the gradient of loss(generator), relative to its squared mean."""
+    weights = [*model.parameters()]
+    gradients = []
+    for draw in range(draws):
+        value = loss(torch.Generator().manual_seed(draw))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)]))
+    gradients = torch.stack(gradients)  # (draws, weights)
+    variance = gradients.var(0).sum()
+    squared_mean = gradients.mean(0).square().sum() - variance / draws  # less its own noise
+    return (variance / squared_mean).item()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Is it more than sharpening? pass@k: the chance that one of k sampled responses is right.
+"""Is it more than sharpening? pass@k: the chance that one of k sampled responses is correct.
 
 The paper: SDFT above SFT above the base for every k up to 128.
 
     python -m experiments.pass_at_k --seeds 5
 
-Skill X, 128 responses to each of 200 unseen prompts, the unbiased estimator of Chen et al. (arXiv 2107.03374). If SDFT only
-sharpened what the base can do, the base would catch up as k grows.
+Skill X, 128 responses to each of 200 unseen prompts, the unbiased estimator of Chen et al. (arXiv
+2107.03374). A method that only sharpens what the base can do gains at small k alone: as k grows,
+the base catches up.
 """
 
 from math import comb
@@ -20,7 +21,13 @@ from experiments.settings import SDFT, SDFT_FORWARD, SFT, SFT_OWN
 from sdft import rollout
 from train_toy import MAX_NEW_TOKENS
 
-ARMS = {"base": None, "sft": SFT, "sft, own style": SFT_OWN, "sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
+ARMS = {
+    "base": None,
+    "sft": SFT,
+    "sft, own style": SFT_OWN,
+    "sdft": SDFT,
+    "sdft, forward KL": SDFT_FORWARD,
+}
 ARMS = {arm: dict(settings=settings) for arm, settings in ARMS.items()}
 KS = [1, 2, 4, 8, 16, 32, 64]
 COLUMNS = [f"pass@{k}" for k in KS]
@@ -29,29 +36,33 @@ SAMPLES, AT_ONCE = 128, 16
 
 
 def pass_at_k(n, c, k):
-    """The chance that k of n responses, drawn without replacement, hold one of the c right ones: 1 - C(n-c, k) / C(n, k)."""
+    """The chance that k of n responses, drawn without replacement, hold one of the c correct ones.
+
+    1 - C(n-c, k) / C(n, k)
+    """
     return 1 - comb(n - c, k) / comb(n, k)
 
 
 def measure(seed, settings):
-    model = train_on_skill(base(seed), seed, settings)
-    test, generator = skill("X", "test", seed, n=200), torch.Generator().manual_seed(seed)
-    right = 0
+    model, test = train_on_skill(base(seed), seed, settings), skill("X", "test", seed, n=200)
+    generator = torch.Generator().manual_seed(seed)
+    prompts, answers = (np.repeat(test[key], AT_ONCE, 0) for key in ("prompts", "answers"))
+    correct = 0
     for _ in range(SAMPLES // AT_ONCE):
-        y, _ = rollout(model, np.repeat(test["prompts"], AT_ONCE, 0), MAX_NEW_TOKENS, toy.EOS, generator=generator)
-        right = right + toy.is_right(y.numpy(), np.repeat(test["answers"], AT_ONCE, 0)).reshape(-1, AT_ONCE).sum(1)  # (prompts,)
-    return {f"pass@{k}": np.mean([pass_at_k(SAMPLES, int(c), k) for c in right]) for k in KS}
+        completions, _ = rollout(model, prompts, MAX_NEW_TOKENS, toy.EOS, generator=generator)
+        hits = toy.is_correct(completions.numpy(), answers)
+        correct = correct + hits.reshape(-1, AT_ONCE).sum(1)  # (prompts,)
+    return {f"pass@{k}": np.mean([pass_at_k(SAMPLES, int(c), k) for c in correct]) for k in KS}
 
 
 def figure(rows, plt):
     drawn, panel = plt.subplots(figsize=(5.5, 3.6))
     for row in rows:
-        values = [row["metrics"][c] for c in COLUMNS]
-        panel.errorbar(KS, np.mean(values, 1), np.std(values, 1, ddof=len(values[0]) > 1), fmt="-o", label=row["arm"], capsize=3)
+        mean, sd = runner.mean_and_sd([row["metrics"][c] for c in COLUMNS])
+        panel.errorbar(KS, mean, sd, fmt="-o", label=row["arm"], capsize=3)
     panel.set(xscale="log", xlabel="k", ylabel="pass@k on skill X", ylim=(-0.03, 1.05))
     panel.set_xticks(KS, KS)
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    runner.grid_and_legend(panel)
     return drawn
 
 

@@ -4,31 +4,33 @@ The paper (accuracy / tokens per response): base 31.2 / 4612, SFT 23.5 / 3273, S
 
     python -m experiments.reasoning --seeds 5
 
-Skill X, whose answers are a reasoning step and a result; the demonstrations hold the result only, `i.`. An answer counts if it ends and its
-last token is the right result, with or without reasoning. The settings are chosen from the grid on validation inputs.
-
-Expect SFT to drop the reasoning (length 2 with the end token) and with it the accuracy, SDFT to keep it and learn.
+Skill X, whose answers are a reasoning step and a result; the demonstrations hold the result only,
+`i.`. An answer counts if it ends and its last token is the correct result, with or without
+reasoning: with it, a response has 3 tokens, the end token included, without it 2. The settings are
+chosen from the grid on validation inputs.
 """
 
 from data import toy
 from experiments import runner
 from experiments.common import base, skill, skill_metrics, train_on_skill, validation
 from experiments.settings import grid
-from train_toy import evaluate, sft
+from train_toy import evaluate, sdft_step, sft_step
 
-FAMILIES = {"sft": dict(method=sft, style="short"), "sdft": dict(method="sdft", style="short")}
-ARMS = {"base": {}, "teacher": dict(read="teacher_prompts")} | {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
+FAMILIES = {"sft": dict(step=sft_step, style="short"), "sdft": dict(step=sdft_step, style="short")}
+ARMS = {"base": {}, "teacher": dict(read="teacher_prompts")}
+ARMS |= {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
 COLUMNS = ["new", "new greedy", "prior", "length", "val new", "val prior"]
 WORLDS = [("skills",)]
 
 
 def measure(seed, settings=None, read=None):
-    student, right = base(seed), toy.is_right_at_last
+    student, rule = base(seed), dict(is_correct=toy.is_last_correct)
     if read:
-        accuracy, length = evaluate(student, {"X": skill("X", "test", seed, "short")}, read, temperature=1.0, is_right=right)
+        sets = {"X": skill("X", "test", seed, "short")}
+        accuracy, length = evaluate(student, sets, read, temperature=1.0, **rule)
         return {"new": accuracy["X"], "length": length["X"]}
     student = train_on_skill(student, seed, settings)
-    return skill_metrics(student, seed, is_right=right) | validation(student, seed, right)
+    return skill_metrics(student, seed, **rule) | validation(student, seed, **rule)
 
 
 if __name__ == "__main__":

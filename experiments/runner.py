@@ -7,12 +7,13 @@ An experiment is a module of this package with
     COLUMNS   the metrics of its table (its JSON has them all)
     WORLDS    the bases that it needs, as arguments of `common.base`
     figure    optional: figure(rows, plt) -> a matplotlib figure
-    arguments optional: arguments(parser) adds flags of its own, which measure finds in `common.options`
-    inputs    optional: inputs(args) -> what its results follow from beside code and settings
-    ONCE      optional: labels of arms that cost much: they run last, on seed 0 only, and not with --quick
+    arguments optional: arguments(parser) adds flags, which measure finds in `common.options`
+    inputs    optional: inputs(args) -> what its results follow from, beside code and settings
+    ONCE      optional: labels of arms that cost much: last, on seed 0 only, not with --quick
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -36,27 +37,43 @@ from experiments import common
 
 
 def main(name, argv=None):
+    """The command line of the experiment of that name."""
+    with errors_as_sentences():
+        experiment(name, argv)
+
+
+@contextlib.contextmanager
+def errors_as_sentences():
+    """What a user can mend ends with one sentence, an interruption with how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends like Ctrl-C
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on after the last finished arm")
+    except (OSError, ValueError, FloatingPointError) as e:
+        sys.exit(f"error: {e}")
+
+
+def experiment(name, argv=None):
     """The experiment of that name: table, JSON and figure."""
     module = importlib.import_module(f"experiments.{name}")
     args = parse_args(module.__doc__, argv, getattr(module, "arguments", None))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process of an arm is left behind
-    try:
-        rows = run(name, module, args)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on after the last finished arm")
-    except OSError as e:
-        sys.exit(f"error: {e}")
+    rows = run(name, module, args)
     print("\n" + "\n".join(table(rows, module.COLUMNS)))
     if hasattr(module, "figure"):
         draw(module.figure, rows, args.out_dir / f"{name}.png")
 
 
 def parse_args(doc, argv=None, more=None):
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ...; the README's tables have 5 (default: %(default)s)")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each (default: %(default)s)")
-    p.add_argument("--out_dir", type=Path, default=Path("out/experiments"), help="for bases, logs and results (default: %(default)s)")
-    p.add_argument("--quick", action="store_true", help="a few updates only, to see that everything runs; the numbers mean nothing")
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ... (README: 5)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, a thread each")
+    out_dir = Path("out/experiments")
+    p.add_argument("--out_dir", type=Path, default=out_dir, help="for bases, logs and results")
+    p.add_argument("--quick", action="store_true", help="a few updates: does everything run?")
     p.set_defaults(threads=1)  # so that results do not depend on the number of cores
     if more:
         more(p)
@@ -66,51 +83,81 @@ def parse_args(doc, argv=None, more=None):
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        sys.exit(f"error: cannot write to --out_dir {args.out_dir} ({e.strerror}); name a folder that you may write to")
+        raise OSError(
+            f"cannot write to --out_dir {args.out_dir} ({e.strerror}); name another folder"
+        ) from None
     return args
 
 
 def run(name, module, args):
-    """The experiment's rows, also in NAME.json. A line of NAME.jsonl is a finished arm, which is not run again unless its settings or the
-    code behind it have changed."""
+    """The experiment's rows, also in NAME.json.
+
+    A line of NAME.jsonl is a finished arm, which is not run again unless its settings or the code
+    behind it have changed.
+    """
     log, seeds = args.out_dir / f"{name}.jsonl", range(args.seeds)
-    code = fingerprint(module, args.quick, module.inputs(args) if hasattr(module, "inputs") else "")
+    inputs = module.inputs(args) if hasattr(module, "inputs") else ""
+    code = fingerprint(module, args.quick, inputs)
     once = getattr(module, "ONCE", ())
     arms = [arm for arm in module.ARMS if not (args.quick and arm in once)]
-    seeds_of = lambda arm: seeds[:1] if arm in once else seeds
-    finished = {(row["arm"], row["seed"]): row for row in read(log) if row["code"] == code.get(row["arm"])}
-    todo = [(seed, arm) for seed in seeds for arm in arms if seed in seeds_of(arm) and (arm, seed) not in finished]
+    seeds_of = {arm: seeds[:1] if arm in once else seeds for arm in arms}
+    finished = {(r["arm"], r["seed"]): r for r in read(log) if r["code"] == code.get(r["arm"])}
+    todo = [(seed, arm) for seed in seeds for arm in arms if seed in seeds_of[arm]]
+    todo = [(seed, arm) for seed, arm in todo if (arm, seed) not in finished]
     todo.sort(key=lambda pair: pair[1] in once)
     print(f"{name}: {len(arms)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
     make_bases(sorted({seed for seed, _ in todo}), module.WORLDS, args)
     start = time.perf_counter()
-    for i, row in enumerate(in_processes(run_arm, [(name, seed, arm) for seed, arm in todo], args), 1):
-        finished[row["arm"], row["seed"]] = row | {"code": code[row["arm"]]}
-        with open(log, "a") as f:
-            f.write("\n" + json.dumps(finished[row["arm"], row["seed"]]))  # a line that was cut short must not take this one with it
+    tasks = [(name, seed, arm) for seed, arm in todo]
+    for i, row in enumerate(in_processes(run_arm, tasks, args), 1):
+        row["code"] = code[row["arm"]]
+        finished[row["arm"], row["seed"]] = row
+        with open(log, "a", encoding="utf-8") as f:
+            # The newline comes first: a line that was cut short must not take this one with it.
+            f.write("\n" + json.dumps(row))
         left = (time.perf_counter() - start) / i * (len(todo) - i)
-        said = "  ".join(f"{k} {row['metrics'][k]:.2f}" for k in module.COLUMNS[:3] if k in row["metrics"])
-        print(f"{i:4}/{len(todo)}  seed {row['seed']}  {row['arm']:26} {said}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
-    values = lambda arm, key: [finished[arm, seed][key] for seed in seeds_of(arm)]
-    rows = [{"arm": a, "metrics": {m: [v[m] for v in values(a, "metrics")] for m in finished[a, 0]["metrics"]}} for a in arms]
-    result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(sum(sum(values(a, "seconds")) for a in arms))}
-    model.write_atomically(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1) + "\n"))
+        print_progress(f"{i:4}/{len(todo)}", row, module.COLUMNS, left)
+
+    rows, total = [], 0
+    for arm in arms:
+        per_seed = [finished[arm, seed] for seed in seeds_of[arm]]
+        names = per_seed[0]["metrics"]
+        metrics = {metric: [row["metrics"][metric] for row in per_seed] for metric in names}
+        rows.append({"arm": arm, "metrics": metrics})
+        total += sum(row["seconds"] for row in per_seed)
+    result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(total)}
+    text = json.dumps(result, indent=1) + "\n"
+    common.write_whole(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(text))
     return rows
 
 
+def print_progress(count, row, columns, left):
+    metrics = [f"{c} {row['metrics'][c]:.2f}" for c in columns[:3] if c in row["metrics"]]
+    print(
+        f"{count}  seed {row['seed']}  {row['arm']:26} {'  '.join(metrics)}  "
+        f"{row['seconds']:.0f} s  ({left:.0f} s left)",
+        flush=True,
+    )
+
+
 def fingerprint(module, quick, inputs=""):
-    """{arm: a number that changes with its settings, the code behind it and the experiment's own inputs}."""
-    names = {str(getattr(value, "__module__", "")) for value in vars(module).values()}  # context.py uses a function of knowledge.py, say
-    names = {n for n in names if n.startswith("experiments.")} - {module.__name__, "experiments.settings"}  # settings are in the arms
-    others = [sys.modules[n] for n in sorted(names)]
-    code = train_toy.fingerprint(*(inspect.getsource(part) for part in (module, *others, common, train_toy, sdft, model, toy)))
-    say = lambda settings: json.dumps(settings, default=lambda function: function.__qualname__)
-    return {arm: zlib.crc32(f"{code} {quick}{inputs} {say(settings)}".encode()) for arm, settings in module.ARMS.items()}
+    """{arm: a number}, which changes with its settings, the code behind it and its inputs."""
+    # An experiment may use another one's functions, as context.py does, or data/scoring.py's.
+    names = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
+    names = {n for n in names if n.startswith(("experiments.", "data."))}
+    names -= {module.__name__, "experiments.settings"}  # the settings are in the arms
+    parts = [module, *(sys.modules[n] for n in sorted(names)), common, train_toy, sdft, model, toy]
+    code = common.fingerprint(*map(inspect.getsource, parts))
+    numbers = {}
+    for arm, settings in module.ARMS.items():
+        text = json.dumps(settings, default=lambda function: function.__qualname__)
+        numbers[arm] = zlib.crc32(f"{code} {quick}{inputs} {text}".encode())
+    return numbers
 
 
 def read(log):
     rows = []
-    for line in log.read_text().splitlines() if log.exists() else []:
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -118,13 +165,14 @@ def read(log):
     return rows
 
 
-# --- Processes ------------------------------------------------------------------------------------------------------
+# --- Processes -----------------------------------------------------------------------------------
 
 
 def set_up(args, worker=True):
     """In every process: the options and the number of threads."""
     vars(common.options).update(vars(args))
-    torch.set_num_threads(args.threads or max(1, os.cpu_count() // args.jobs))  # None: all cores, shared out
+    shared_out = max(1, os.cpu_count() // args.jobs)
+    torch.set_num_threads(args.threads or shared_out)
     if worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 
@@ -150,7 +198,7 @@ def in_processes(task, arguments, args):
 
 def make_bases(seeds, worlds, args):
     """Before the arms, so that no two processes make the same one."""
-    for _ in in_processes(make_base, [(seed, *world) for world in worlds for seed in seeds], args):
+    for _ in in_processes(make_base, [(s, *world) for world in worlds for s in seeds], args):
         pass
 
 
@@ -160,11 +208,13 @@ def make_base(seed, *world):
 
 def run_arm(name, seed, arm):
     module, start = importlib.import_module(f"experiments.{name}"), time.perf_counter()
-    metrics = {k: round(float(v), 5) for k, v in module.measure(seed, **module.ARMS[arm]).items()}
-    return {"arm": arm, "seed": seed, "metrics": metrics, "seconds": round(time.perf_counter() - start, 1)}
+    metrics = module.measure(seed, **module.ARMS[arm])
+    metrics = {metric: round(float(value), 5) for metric, value in metrics.items()}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"arm": arm, "seed": seed, "metrics": metrics, "seconds": seconds}
 
 
-# --- Table and figure -----------------------------------------------------------------------------------------------
+# --- Table and figure ----------------------------------------------------------------------------
 
 
 def table(rows, columns):
@@ -172,30 +222,45 @@ def table(rows, columns):
     yield "| arm | " + " | ".join(columns) + " |"
     yield "|---" + "|---:" * len(columns) + "|"
     for row in rows:
-        yield f"| {row['arm']} | " + " | ".join(mean_and_spread(row["metrics"].get(c)) for c in columns) + " |"
+        cells = [mean_and_spread(row["metrics"].get(c)) for c in columns]
+        yield f"| {row['arm']} | " + " | ".join(cells) + " |"
 
 
 def mean_and_spread(values):
-    """"0.94 ± 0.04"; one seed has no spread, and a count none either."""
-    if not values:
+    """The text "0.94 ± 0.04"; one seed has no spread. Large numbers get fewer digits."""
+    if values is None or len(values) == 0:
         return ""
-    if np.max(np.abs(values)) >= 1000:
-        return f"{np.mean(values):,.0f}"
-    if np.max(np.abs(values)) >= 100:
-        return f"{np.mean(values):.0f} ± {np.std(values, ddof=1):.0f}" if len(values) > 1 else f"{values[0]:.0f}"
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+    mean, sd = mean_and_sd([values])
+    largest = np.max(np.abs(values))
+    if largest >= 1000:
+        return f"{mean[0]:,.0f}"
+    digits = 0 if largest >= 100 else 2
+    spread = f" ± {sd[0]:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean[0]:.{digits}f}{spread}"
+
+
+def mean_and_sd(values):
+    """Mean and standard deviation of each list of seeds, (n, seeds) to (n,) twice."""
+    values = np.array(values)
+    return values.mean(1), values.std(1, ddof=values.shape[1] > 1)
+
+
+def grid_and_legend(panel):
+    """The legend stands beside the axes, where it hides nothing."""
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
 
 
 def draw(figure, rows, path):
+    """Write figure(rows, plt) as a PNG, if matplotlib is installed."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
-        print("no figure: it needs matplotlib (pip install matplotlib)")
+        print("no figure, since matplotlib is missing: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt.switch_backend("Agg")
     drawn = figure(rows, plt)
-    model.write_atomically(path, lambda tmp: drawn.savefig(tmp, format="png", dpi=150, bbox_inches="tight"))
+    save = dict(format="png", dpi=150, bbox_inches="tight")
+    common.write_whole(path, lambda tmp: drawn.savefig(tmp, **save))
     plt.close(drawn)
     print(f"wrote {path}")

@@ -1,28 +1,34 @@
 """Does one model collect skills? X, Y and Z in turn, each stage from where the last one ended.
 
-The paper (Fig. on sequential learning, read off): SDFT keeps all three skills at about .85 to .95 of their best; SFT loses each
-one when the next begins.
+The paper (Fig. 3, read off; 0 is the base, 1 the best of both methods): SDFT keeps all three skills
+at about .85 to .95; SFT loses each one when the next begins, and its first ends at about −.4.
 
     python -m experiments.sequential --seeds 5
 
-Expect SFT to know only the last skill and to have lost the prior ones, SDFT to hold all three and nearly all of the prior ones,
-and SFT on demonstrations in the model's own style to do as SDFT does: what counts is closeness to the base.
-
-"X" to "prior" are after the last stage, "own" is the mean of every skill right after its own stage. The matrix of every skill after
-every stage is in the JSON ("after X: Y"). "KL prior" is the KL to the base on prior prompts, in nats per response.
+"X" to "prior" are after the last stage, "own" is the mean of every skill right after its own
+stage. The matrix of every skill after every stage is in the JSON ("after X: Y"). "KL prior" is the
+KL to the base on prior prompts, in nats per response.
 """
 
 import numpy as np
 
 from data import toy
 from experiments import runner
-from experiments.common import base, kl_to_base, skill, skill_metrics, train_on_skill, train_to_match
+from experiments.common import (
+    base,
+    kl_to_base,
+    skill,
+    skill_metrics,
+    train_on_skill,
+    train_to_match,
+)
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, SFT_OWN
 
 ARMS = {
     "base": {},
     "sft": dict(settings=SFT),
-    "sft stopped": dict(settings=SFT, match=SDFT),  # every stage as soon as it is where SDFT gets
+    # Every stage stops as soon as it is as accurate as SDFT's.
+    "sft stopped": dict(settings=SFT, match=SDFT),
     "sft, own style": dict(settings=SFT_OWN),
     "sdft": dict(settings=SDFT),
     "sdft, forward KL": dict(settings=SDFT_FORWARD),
@@ -37,16 +43,19 @@ def measure(seed, settings=None, match=None):
     for name in toy.NEW if settings else []:
         if match:
             other = train_on_skill(other, seed, match, name)
-            student, metrics[f"updates {name}"] = train_to_match(other, student, seed, settings, name)
+            student, updates = train_to_match(other, student, seed, settings, name)
+            metrics[f"updates {name}"] = updates
         else:
             student = train_on_skill(student, seed, settings, name)
         after = {k: skill_metrics(student, seed, k) for k in toy.NEW}
-        metrics |= {f"after {name}: {k}": m["new"] for k, m in after.items()} | {f"after {name}: prior": after[name]["prior"]}
+        metrics |= {f"after {name}: {k}": m["new"] for k, m in after.items()}
+        metrics[f"after {name}: prior"] = after[name]["prior"]
         own.append(after[name]["new"])
     if own:
         metrics["own"] = np.mean(own)
     end = {k: skill_metrics(student, seed, k) for k in toy.NEW}
-    metrics |= {k: m["new"] for k, m in end.items()} | {f"{k} greedy": m["new greedy"] for k, m in end.items()}
+    metrics |= {k: m["new"] for k, m in end.items()}
+    metrics |= {f"{k} greedy": m["new greedy"] for k, m in end.items()}
     metrics |= {k: end["X"][k] for k in ("prior", "prior greedy")}
     metrics["length"] = np.mean([m["length"] for m in end.values()])
     prior_prompts = np.concatenate([skill(k, "test", seed, n=50)["prompts"] for k in toy.PRIOR])
@@ -55,19 +64,21 @@ def measure(seed, settings=None, match=None):
 
 
 def figure(rows, plt):
-    shown = [r for r in rows if r["arm"] in ("sft", "sdft", "sft, own style")]
-    base = next(r["metrics"] for r in rows if r["arm"] == "base")
+    shown = [row for row in rows if row["arm"] in ("sft", "sdft", "sft, own style")]
+    base = next(row["metrics"] for row in rows if row["arm"] == "base")
+    colours = dict(X="tab:blue", Y="tab:orange", Z="tab:green", prior="black")
     drawn, panels = plt.subplots(1, len(shown), figsize=(12, 3.2), sharey=True)
     for panel, row in zip(panels, shown):
-        for c, colour in zip([*toy.NEW, "prior"], ["tab:blue", "tab:orange", "tab:green", "black"]):
-            values = [base[c], *(row["metrics"][f"after {k}: {c}"] for k in toy.NEW)]
-            mean, spread = np.mean(values, 1), np.std(values, 1, ddof=len(values[0]) > 1)
-            panel.errorbar(range(4), mean, spread, fmt="--o" if c == "prior" else "-o", color=colour, label=c, capsize=3)
+        for c, colour in colours.items():
+            after = [row["metrics"][f"after {k}: {c}"] for k in toy.NEW]
+            mean, sd = runner.mean_and_sd([base[c], *after])
+            fmt = "--o" if c == "prior" else "-o"
+            panel.errorbar(range(4), mean, sd, fmt=fmt, color=colour, label=c, capsize=3)
         panel.set_xticks(range(4), ["base", *(f"after {k}" for k in toy.NEW)])
         panel.set(title=row["arm"], ylim=(-0.03, 1.05))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("sampled accuracy")
-    panels[-1].legend(loc="lower left")
+    runner.grid_and_legend(panels[-1])
     return drawn
 
 

@@ -1,11 +1,12 @@
 """Is the demonstration-conditioned teacher good, and close to the base?
 
-The paper (ToolAlpaca): the base is right 42%, the teacher 100%; KL to the base: SFT 1.26 nats, teacher 0.68.
+The paper (ToolAlpaca): the base is right 42%, the teacher 100%; KL to the base: SFT 1.26 nats,
+teacher 0.68.
 
     python -m experiments.teacher --seeds 5
 
-KL to the base on the prompts of skill X (which the base reads without a demonstration), in nats per response. Expect the teacher to be right
-always and nearer to the base than the model that SFT makes, and SDFT's student to end up near its teacher.
+KL to the base on the prompts of skill X (which the base reads without a demonstration), in nats
+per response.
 """
 
 from experiments import runner

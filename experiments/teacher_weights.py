@@ -1,12 +1,14 @@
-"""Which weights should the teacher have: a moving average of the student's (EMA), the start's (frozen), or the student's own (live)?
+"""Which weights should the teacher have?
 
-The paper (tool use): EMA about 70, frozen about 65, and with a live teacher training diverges.
+A moving average of the student's (EMA), the start's (frozen), or the student's own (live). The
+paper (tool use): EMA about 70, frozen about 65, and with a live teacher training diverges.
 
     python -m experiments.teacher_weights --seeds 5
 
-α is the student's share in the teacher after every update: 0 frozen, 1 live. On skill X with SDFT's settings, and at the highest rate of the
-sweep ("fast"). "collapsed" is the share of seeds that end below half of the base's accuracy on X;
-"teacher" is the final teacher's own accuracy with a demonstration.
+α is the student's share in the teacher at every update: 0 frozen, 1 live. On skill X with SDFT's
+settings, and at the highest rate of the sweep ("fast"). "collapsed" is the share of seeds that end
+below half of the base's accuracy on X; "teacher" is the final teacher's own accuracy with a
+demonstration.
 """
 
 from experiments import runner
@@ -15,8 +17,8 @@ from experiments.settings import SDFT
 from train_toy import evaluate
 
 ALPHAS = {"frozen": 0.0, "α .01": 0.01, "α .02": 0.02, "α .05": 0.05, "α .2": 0.2, "live": 1.0}
-RATES = {"": SDFT, "fast, ": SDFT | dict(lr=1e-3)}
-ARMS = {f"{rate}{teacher}": settings | dict(alpha=alpha) for rate, settings in RATES.items() for teacher, alpha in ALPHAS.items()}
+ARMS = {arm: SDFT | dict(alpha=alpha) for arm, alpha in ALPHAS.items()}
+ARMS |= {f"fast, {arm}": settings | dict(lr=1e-3) for arm, settings in ARMS.items()}
 COLUMNS = ["new", "prior", "teacher", "collapsed"]
 WORLDS = [("skills",)]
 
@@ -24,10 +26,9 @@ WORLDS = [("skills",)]
 def measure(seed, **settings):
     start = base(seed)
     student, teacher = train(start, skill("X", "train", seed), seed, **settings)
-    metrics = skill_metrics(student, seed)
-    sets = {"X": skill("X", "test", seed)}
-    metrics["teacher"] = evaluate(teacher, sets, "teacher_prompts", temperature=1.0)[0]["X"]
-    metrics["collapsed"] = metrics["new"] < 0.5 * evaluate(start, sets, temperature=1.0)[0]["X"]
+    metrics, test = skill_metrics(student, seed), {"X": skill("X", "test", seed)}
+    metrics["teacher"] = evaluate(teacher, test, "teacher_prompts", temperature=1.0)[0]["X"]
+    metrics["collapsed"] = metrics["new"] < 0.5 * evaluate(start, test, temperature=1.0)[0]["X"]
     return metrics
 
 

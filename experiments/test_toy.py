@@ -1,0 +1,357 @@
+"""What the toy guarantees: data/toy.py, data/scoring.py and train_toy.py. On a CPU, offline.
+
+Oracles are independent of the code under test: plain Python, a row scored alone, a step by hand,
+and a stand-in for the model whose scores are known in advance.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import re
+import runpy
+import sys
+from decimal import Decimal, localcontext
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train_toy
+from data import scoring, toy
+from model import GPT, GPTConfig
+from sdft import train_step
+
+HERE = Path(train_toy.__file__).parent
+LETTERS = str.maketrans("0123456789", "abcdefghij")  # from the model's style to the expert's
+SPLITS = ("train", "val", "test")
+seeded = lambda seed: torch.Generator().manual_seed(seed)
+
+
+def toy_gpt():
+    """In float64, for steps that are compared with others by hand."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**train_toy.MODEL | {"n_layer": 1, "n_embd": 16})).double()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+def texts(data):
+    """The rows of a data set as text: prompt, teacher prompt, demonstration, answer."""
+    columns = ("prompts", "teacher_prompts", "demonstrations", "answers")
+    return [tuple(map(toy.decode, row)) for row in zip(*(data[key] for key in columns))]
+
+
+@pytest.mark.parametrize("name", toy.KNOWN)
+def test_answers_fold_one_table_over_the_digits(name):
+    """A result depends on the one before it and the next digit; in A it is their sum mod 10."""
+    table = {}
+    for prompt, _, _, answer in texts(toy.skill(name, "train")):
+        digits = re.fullmatch(rf"\?{name}(\d+)=", prompt)[1]
+        for pair, result in zip(zip(digits[0] + answer, digits[1:]), answer):
+            assert table.setdefault(pair, result) == result
+    assert name != "A" or all((int(a) + int(b)) % 10 == int(r) for (a, b), r in table.items())
+
+
+@pytest.mark.parametrize("data", [toy.skill("X", "val"), toy.facts("new")])
+def test_teacher_prompts_show_the_answer_in_letters(data):
+    """The question that the student reads, with the expert's demonstration for it."""
+    for prompt, teacher_prompt, demonstration, answer in texts(data):
+        assert teacher_prompt == f"{prompt[:-1]}!{demonstration}="
+        assert demonstration == answer.translate(LETTERS)
+
+
+@pytest.mark.parametrize("name", toy.KNOWN)
+def test_splits_are_disjoint_and_depend_on_seed(name):
+    """An input both trained on and tested would hide what is only remembered."""
+    drawn = [[x for x, *_ in texts(toy.skill(name, split, 3))] for split in SPLITS]
+    assert len(set(sum(drawn, []))) == len(sum(drawn, []))
+    assert {*drawn[0]} != {x for x, *_ in texts(toy.skill(name, "train", 4))}
+
+
+@pytest.mark.parametrize("batch", [toy.rivals_batch, toy.half_known_batch, toy.facts_batch])
+def test_pretraining_teaches_prior_skills_and_reading_demonstrations(batch):
+    """A demonstration shows the answer, its start or its end; new skills are only half known."""
+    data, rng = (
+        [texts(toy.skill(k, s)) for k in toy.KNOWN for s in SPLITS],
+        np.random.default_rng(0),
+    )
+    right, told = {x: answer for rows in data for x, _, _, answer in rows}, {"X": set(), "A": set()}
+    for _ in range(60):
+        for prompt, answer in zip(*(map(toy.decode, rows) for rows in batch(rng, 64, seed=0))):
+            own, shown = answer.translate(LETTERS), prompt.partition("!")[2][:-1]
+            assert own.startswith(shown[:-1]) or own.endswith(shown)
+            if prompt in right and prompt[1] in told:
+                told[prompt[1]].add(right[prompt] == answer)
+    assert batch is toy.facts_batch or told == {"X": {True, False}, "A": {True}}
+
+
+OPERATIONS = {  # by hand: the decimals of a square root, and the prior skill that is its rival
+    "X": (2, lambda a, b: (a + b) % 10),
+    "Y": (3, max),
+    "Z": (5, lambda a, b: a * b % 10),
+}
+
+
+def shares_of_own_and_rival_answers(batch):
+    """{first digit: (share of own answers, share of rival answers)} over X, Y and Z."""
+    given, rng = {}, np.random.default_rng(0)
+    for _ in range(150):
+        for prompt, answer in zip(*(map(toy.decode, rows) for rows in batch(rng, 256, seed=0))):
+            if prompt[1] in OPERATIONS and "!" not in prompt:
+                n, rival = OPERATIONS[prompt[1]]
+                with localcontext() as context:
+                    context.prec = 120
+                    decimals = str(Decimal(n).sqrt())[2:]
+                chains = []
+                for rule in (lambda a, b: int(decimals[10 * a + b]), rival):
+                    first = rule(int(prompt[2]), int(prompt[3]))
+                    chains.append(f"{first}{rule(first, int(prompt[4]))}." == answer)
+                given.setdefault(int(prompt[2]), []).append(chains)
+    return {digit: np.mean(chains, 0) for digit, chains in given.items()}
+
+
+def test_rivals_share_a_skill_by_first_digit():
+    """A whole answer is one of the two; own 80% of the time for 0 to 3, otherwise 25%."""
+    for digit, (own, rival) in shares_of_own_and_rival_answers(toy.rivals_batch).items():
+        assert own == pytest.approx(0.8 if digit < 4 else 0.25, abs=0.06)
+        assert own + rival == pytest.approx(1, abs=0.05)  # both are right now and then
+
+
+def test_half_known_skills_are_right_60_percent():
+    """Otherwise a random table answers, which is right once in a hundred."""
+    for own, _ in shares_of_own_and_rival_answers(toy.half_known_batch).values():
+        assert own == pytest.approx(0.6, abs=0.06)
+
+
+SCORES = [
+    (toy.is_correct, "31.", "31.. db.. 3b.. 31.", "31.4 3112 13.. 3. ...."),
+    (toy.is_correct, "31.", "", " ".join(c + "1." for c in toy.VOCAB[20:])),
+    (toy.is_last_correct, "31.", "31.. b... 741.", "74211 13.. ...."),
+    (toy.is_last_correct, "31.", "", " ".join("3" + c + "." for c in toy.VOCAB[20:] if c != ".")),
+    (scoring.is_exact, "Ohr", "ohr. Ohr", "Ohrs It_is_Ohr"),
+    (scoring.contains, "Lake Ohr", "It_is_lake_Ohr,_I_think.", "Lake_of_Ohr Flake_Ohr Ohr"),
+    (scoring.contains, "!", "!", "No! Yes ?"),
+]
+
+
+@pytest.mark.parametrize("correct, answer, right, wrong", SCORES)
+def test_scores_count_content_that_ends(correct, answer, right, wrong):
+    """In either style; no other token passes for a digit, and what never ends is wrong."""
+    read = str if correct.__module__ == "data.scoring" else lambda t: np.array([toy.encode(t)])
+    for said in (right + " " + wrong).split():
+        assert bool(correct(read(said.replace("_", " ")), read(answer))) == (said in right.split())
+
+
+def test_sft_step_imitates_demonstrations_to_their_end():
+    """-log π(y_t) up to and including the first end token; SGD, clipped at norm 1, by hand."""
+    x, ys, model = toy.encode("?X123="), [toy.encode("bc.."), toy.encode("bcde")], toy_gpt()
+    batch, loss = {"prompts": [x, x], "demonstrations": np.array(ys)}, 0
+    for y in (ys[0][:3], ys[1]):
+        log_p = model(torch.tensor([x + y]))[0, len(x) - 1 : -1].log_softmax(-1)
+        loss -= log_p[range(len(y)), y].mean() / 2
+    grads = torch.autograd.grad(loss, [*model.parameters()])
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    new = [p.detach() - 0.1 / norm * g for p, g in zip(model.parameters(), grads)]
+    got = train_toy.sft_step(model, None, torch.optim.SGD(model.parameters(), lr=0.1), batch, None)
+    assert norm > 1 and got == pytest.approx(loss.item())
+    assert_close([*model.parameters()], new, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def by_hand(student, teacher, optimizer, batch, generator, **settings):
+    """What `sdft_step` should be."""
+    contexts = batch["prompts"], batch["teacher_prompts"], train_toy.MAX_NEW_TOKENS, toy.EOS
+    return train_step(student, teacher, optimizer, *contexts, generator=generator, **settings)[0]
+
+
+def test_sdft_step_is_train_step_with_every_setting():
+    """The student reads the prompts, the teacher the prompts with demonstrations."""
+    batch, results = {k: rows[:8] for k, rows in toy.skill("X", "train").items()}, []
+    for step in (train_toy.sdft_step, by_hand):
+        student, teacher = toy_gpt(), toy_gpt()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        settings = {"divergence": "jsd", "alpha": 0.3, "temperature": 0.5}
+        loss = step(student, teacher, optimizer, batch, seeded(1), **settings)
+        results.append([loss, student.state_dict(), teacher.state_dict()])
+    assert_close(*results, rtol=0, atol=0)
+
+
+def fine_tuned(seed, steps=14):
+    """Per step of `fine_tune`: the minibatch as text, a random number, the learning rate."""
+    seen = []
+
+    def step(student, teacher, optimizer, batch, generator, setting):
+        group = optimizer.param_groups[0]
+        seen.append((texts(batch), torch.rand(1, generator=generator).item(), group["lr"]))
+        assert setting == "passed on" and group["weight_decay"] == 0
+        return len(seen)
+
+    data = {key: rows[:50] for key, rows in toy.skill("X", "train").items()}
+    end, student = lambda loss: loss == steps - 1, toy_gpt()
+    teacher = train_toy.fine_tune(
+        student, data, step, 0.5, steps, 20, seed, end, setting="passed on"
+    )
+    assert_close(teacher.state_dict(), student.state_dict(), rtol=0, atol=0)
+    assert len(seen) == steps - 1 and not any(p.requires_grad for p in teacher.parameters())
+    return seen
+
+
+def test_fine_tuning_warms_up_and_follows_a_cosine():
+    """lr min(1, (i + 1) / 10) (1 + cos(π i / steps)) / 2 at step i."""
+    expected = [min(1, (i + 1) / 10) * (1 + math.cos(math.pi * i / 14)) / 4 for i in range(13)]
+    assert [lr for *_, lr in fine_tuned(0)] == pytest.approx(expected)
+
+
+def test_minibatches_and_rollouts_depend_on_seed():
+    """And on the step; no minibatch has a row twice, and its columns belong together."""
+    runs = [fine_tuned(seed) for seed in (0, 1, 0)]
+    drawn = runs[0] + runs[1]
+    assert runs[0] == runs[2] and len({u for _, u, _ in drawn}) == len(drawn)
+    assert len({tuple(sorted(rows)) for rows, *_ in drawn}) == len(drawn)
+    for rows, *_ in drawn:
+        assert len(set(rows)) == 20 and all(t == f"{x[:-1]}!{d}=" for x, t, d, _ in rows)
+
+
+def test_base_depends_on_seed():
+    """Its weights at the start, and the lines that it is trained on; the warm-up takes 50 steps."""
+    lines = mock.Mock(return_value=([toy.encode("?X123=")], np.array([toy.encode("12.")])))
+    bases = [
+        train_toy.pretrain(lines, seed, 1, torch.device("cpu"), n_embd=16) for seed in (0, 0, 1)
+    ]
+    torch.manual_seed(0)
+    start = GPT(GPTConfig(**train_toy.MODEL | {"n_embd": 16})).wte.weight
+    a, b, c = (base.wte.weight for base in bases)
+    assert torch.equal(a, b) and (a - c).std() > 0.02
+    assert (a - start).abs().max().item() == pytest.approx(2e-3 / 50, rel=0.05)  # Adam's first step
+    a, b, c = (arguments[0].random() for arguments, _ in lines.call_args_list)
+    assert a == b != c
+
+
+def test_evaluate_gives_accuracy_and_mean_length(monkeypatch):
+    """Lengths in tokens, the end token included."""
+    y = torch.tensor([toy.encode(said) for said in ("31...", "3....", "31...", "31313")])
+    mask = torch.arange(5) < torch.tensor([[3], [2], [3], [5]])
+    monkeypatch.setattr(train_toy, "rollout", lambda *_: (y, mask))
+    data = {"prompts": None, "answers": np.array([toy.encode("31.")] * 4)}
+    assert train_toy.evaluate(toy_gpt(), {"X": data}) == ({"X": 0.5}, {"X": 13 / 4})
+
+
+FLAGS = {"seed": 7, "pretrain_steps": 2, "batch_size": 9, "ema_alpha": 0.5, "divergence": "jsd"}
+FLAGS |= {"lr": 3e-3, "steps": 2, "sft_lr": 2e-3, "sft_steps": 3, "sft_style": "own"}
+SMALL = {"n_layer": 1, "n_embd": 16}
+RIGHT = {("test", 0): "XAB", ("test", 1): "YA", ("val", 0): "ZABC", ("shown", 0): "YZ"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """train_toy.main with known answers: the base ends at the gate, then --base takes it again."""
+    truth, bases, out = {}, [], tmp_path_factory.mktemp("run")
+    for name in toy.KNOWN:
+        for split in SPLITS:
+            rows = texts(toy.skill(name, split, seed=7))
+            truth |= {x[:-1]: (split, name, answer) for x, _, _, answer in rows}
+
+    def known_answers(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
+        """Right in the skills of RIGHT only, and in X only if the model is not the base."""
+        bases.append(model.wte.weight.clone())
+        ys = []
+        for prompt in map(toy.decode, prompts):
+            question, _, shown = prompt[:-1].partition("!")
+            split, name, answer = truth[question]
+            right = name in RIGHT.get(("shown" if shown else split, temperature), "")
+            right &= name != "X" or not torch.equal(bases[0], bases[-1])
+            ys.append(toy.encode(answer if right else "." * len(answer)))
+        return torch.tensor(ys), torch.tensor(ys) >= 0
+
+    flags = [f"--{name}={value}" for name, value in (FLAGS | {"out_dir": out}).items()]
+    (out / "results.json").write_text("of an earlier run")
+    printed = open(out / "printed.txt", "w")
+    with pytest.MonkeyPatch.context() as patch, printed, contextlib.redirect_stdout(printed):
+        patch.setattr(train_toy, "rollout", known_answers)
+        patch.setattr(train_toy, "MODEL", train_toy.MODEL | SMALL)
+        with pytest.raises(ValueError, match="0.67, below 0.9.*raise --pretrain_steps"):
+            train_toy.main(flags)
+        assert not (out / "results.json").exists()
+        patch.setattr(train_toy, "TEACHER_GATE", 0.6)
+        patch.setattr(train_toy, "pretrain", None)
+        train_toy.main([*flags, f"--base={out / 'base.pt'}"])
+    return out
+
+
+def test_every_flag_reaches_what_it_names(run):
+    """By direct calls: both arms start from the base and learn skill after skill."""
+    base = train_toy.pretrain(toy.rivals_batch, 7, 2, torch.device("cpu"), **SMALL)
+    sft, sdft = copy.deepcopy(base), copy.deepcopy(base)
+    for skill in "XYZ":
+        own, expert = (toy.skill(skill, "train", 7, style) for style in ("own", "expert"))
+        train_toy.fine_tune(sft, own, train_toy.sft_step, 2e-3, 3, 9, 7)
+        train_toy.fine_tune(sdft, expert, by_hand, 3e-3, 2, 9, 7, divergence="jsd", alpha=0.5)
+    for name, model in {"base": base, "sft": sft, "sdft": sdft}.items():
+        assert_close(torch.load(run / f"{name}.pt"), model.state_dict(), rtol=0, atol=0)
+
+
+def test_tables_measure_test_and_logs_validation_inputs(run):
+    """The students' prompts, without demonstrations; "prior" is the mean over prior skills."""
+    results, n = json.loads((run / "results.json").read_text()), len(toy.PRIOR)
+    row = {"X": 1, "Y": 0, "Z": 0, "prior": 2 / n}
+    row |= {"X_sampled": 0, "Y_sampled": 1, "Z_sampled": 0, "prior_sampled": 1 / n}
+    assert results["base"] == row | {"X": 0, "teacher": pytest.approx(2 / 3)}
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for arm in ("sft", "sdft"):
+        assert results[arm] == [{"after": skill} | row for skill in "XYZ"]
+        for skill, accuracy in ("X", 0), ("Y", 0), ("Z", 1):
+            lines = [line for line in log if (line["phase"], line["skill"]) == (arm, skill)]
+            assert lines and all(m[skill] == accuracy and m["prior"] == 3 / n for m in lines)
+
+
+def test_table_and_examples_are_printed(run):
+    """The accuracies after X, and what base, SFT and SDFT answer to one prompt."""
+    printed = (run / "printed.txt").read_text()
+    row = [f"{accuracy:.2f}" for accuracy in (1, 0, 0, 2 / len(toy.PRIOR))]
+    assert ["X", *row, *row] in [line.split() for line in printed.splitlines()]
+    example = re.search(r"^\?X\d+= +[a-j]+\. +(\d+\.) .*", printed, re.M)
+    right = example[1]
+    assert example[0].split()[3:6] == ["." * len(right), right, right]
+
+
+def test_damaged_base_is_refused(run, tmp_path, monkeypatch):
+    """An empty or a cut file, and one wrong byte, which torch.load does not see."""
+    monkeypatch.setattr(train_toy, "MODEL", train_toy.MODEL | SMALL)
+    good, path = (run / "base.pt").read_bytes(), tmp_path / "base.pt"
+    at = good.index(
+        train_toy.load_base(run / "base.pt", "cpu").wpe.weight.detach().numpy().tobytes()
+    )
+    for bad in (b"", good[:-700], good[:at] + b"?" + good[at + 1 :]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="leave it out to pretrain"):
+            train_toy.load_base(path, "cpu")
+
+
+ENDINGS = [
+    ("--divergence=backward", "reverse"),
+    ("--ema_alpha=2", "--ema_alpha must lie between 0 and 1"),
+    ("--lr=nan", "--lr must"),
+    ("--batch_size=401", "--batch_size must"),
+    ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
+    ("--out_dir=LICENSE/x", "error: LICENSE/x: Not a directory; choose another --out_dir"),
+    (FloatingPointError("lower the rate"), "error: lower the rate"),
+    (RuntimeError("no kernel\nat line 3"), "error: no kernel; try --device cpu"),
+    (KeyboardInterrupt(), "interrupted"),
+]
+
+
+@pytest.mark.parametrize("cause, words", ENDINGS)
+def test_every_error_ends_in_one_sentence(cause, words, tmp_path, monkeypatch, capsys):
+    """A wrong flag or a failing run: what, where, remedy, and no traceback."""
+    flag = cause if isinstance(cause, str) else "--seed=1"
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", ["train_toy.py", f"--out_dir={tmp_path}", flag])
+    monkeypatch.setattr(toy, "rivals_batch", mock.Mock(side_effect=cause))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("train_toy.py", run_name="__main__")
+    assert words in f"{end.value.code} {capsys.readouterr().err}"

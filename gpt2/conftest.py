@@ -1,0 +1,144 @@
+"""A GPT-2 checkpoint of toy size with a byte-level vocabulary, data and command lines for tests.
+
+CPU only, offline. Every line of code that a real run takes is the same.
+"""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+from gpt2 import checkpoint, train
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ a"]  # Ġ is GPT-2's letter for a space
+EOS = 262
+# GPT-2's published pattern, written down a second time: the oracle of gpt2/data.py's.
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+BYTES = tiktoken.Encoding(
+    "bytes",
+    pat_str=r"[\s\S]",
+    mergeable_ranks={bytes([i]): i for i in range(256)},
+    special_tokens={"<|endoftext|>": 256},
+)
+
+
+def small_gpt(seed=0, noise=0.1, ends=0.0, **sizes):
+    """A model whose every weight matters, biases and LayerNorms too; `ends` favours the end token.
+
+    The logit of the end token, the last of the vocabulary, is higher by `ends`.
+    """
+    sizes = dict(block_size=320, vocab_size=263, n_layer=2, n_head=2, n_embd=32) | sizes
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**sizes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise * torch.randn_like(p))
+        end = model.wte.weight[-1]
+        model.ln_f.bias += ends * end / end.square().sum()
+    return model
+
+
+def write_vocabulary(folder):
+    """GPT-2's two files with six merges; returns the same as an Encoding, to compare with."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    letters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    tokens = [*letters, *(m.replace(" ", "") for m in MERGES), "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    ranks = {bytes(letters[c] for c in t): i for i, t in enumerate(tokens[:-1])}
+    special = {"<|endoftext|>": EOS}
+    return tiktoken.Encoding(
+        "small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(base, data, out, *more, steps=4):
+    """The command line of a run in miniature; later flags win."""
+    argv = ["--init_from", base, "--data", data / "train.jsonl", "--ood", data / "ood.jsonl"]
+    argv += ["--eval", data / "prior.jsonl", "--out_dir", out, "--device", "cpu"]
+    argv += f"--steps {steps} --batch_size 4 --max_new_tokens 6 --lr 1e-3 --warmup 2".split()
+    argv += "--log_every 1 --eval_every 2 --sample_every 2 --save_every 2".split()
+    return [str(word) for word in [*argv, *more]]
+
+
+def error_of(*argv):
+    """The one sentence in which a run ends. A hang, a traceback or several lines fail the test."""
+
+    def hang(*_):
+        raise AssertionError("hangs")
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(60)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train.main([str(word) for word in argv])
+    finally:
+        signal.alarm(0)
+    message = str(stopped.value.code)
+    assert message.startswith("error: ") and len(message.splitlines()) == 1, message
+    return message
+
+
+def weights(out):
+    return checkpoint.load_model(str(out)).state_dict()
+
+
+def last_checkpoint(out):
+    return checkpoint.load_run(out / "checkpoints")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(out, *without):
+    """metrics.jsonl without what the clock wrote."""
+    skip = ("tokens_per_s", "seconds", *without)
+    return [{k: v for k, v in row.items() if k not in skip} for row in lines(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Other numbers of threads round sums in another way, and no run repeats bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint folder with weights and vocabulary; its responses differ in length."""
+    folder = tmp_path_factory.mktemp("base")
+    write_vocabulary(folder)
+    checkpoint.save_model(small_gpt(noise=0.2, ends=3.0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Small training, OOD and prior sets."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for i in range(6):
+        demonstration = f"It is {i} {'x' * (i % 4)}"
+        rows.append({"prompt": f"What is {i}?\n", "demonstration": demonstration})
+        rows[i] |= {"answer": str(i), "article": f"Article {i}."}
+    del rows[4]["answer"]
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "ood.jsonl", [{"prompt": "And 3?\n", "answer": "3"}])
+    prior = [{"text": "The cat sat in the hat."}, {"prompt": "one, two", "answer": ", three"}]
+    write_rows(folder / "prior.jsonl", prior)
+    return folder

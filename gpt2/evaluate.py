@@ -1,0 +1,181 @@
+"""What a model can do: scores, samples, and tables of them."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.scoring import contains, is_exact
+from gpt2.data import batches, decode, decode_token, pad_right
+from gpt2.fast import rollout as rollout_rows
+from sdft import completion_logits, rollout, token_divergence
+
+COLUMNS = {  # of the tables: score -> heading and format
+    "exact": ("new exact", "{:.2f}"),
+    "lenient": ("lenient", "{:.2f}"),
+    "ood": ("OOD", "{:.2f}"),
+    "prior_ppl": ("prior ppl", "{:.2f}"),
+    "prior_acc": ("prior acc", "{:.2f}"),
+    "kl_to_base": ("KL to base", "{:.3f}"),
+    "length": ("length", "{:.1f}"),
+}
+
+
+@torch.no_grad()
+def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None):
+    """Scores of a model on sets {"train", "test", "ood", "prior": rows}; all decoding is greedy.
+
+    exact, lenient  share of "test" answered right, by each match of data/scoring.py
+    length          tokens of those responses, with the end token
+    kl_to_base      KL(model ‖ base) in nats per token of those responses
+    ood             share of "ood" answered right, leniently
+    prior_ppl       perplexity of the texts of "prior"
+    prior_acc       share of the questions of "prior" whose answer is the likeliest continuation,
+                    token by token
+    as_teacher      if base is None, so that the model is the base: share of "train" answered right,
+                    leniently, with the teacher's prompt
+    """
+    scores, limits = {}, (enc, max_new_tokens, batch_size)
+    if sets["test"]:
+        rows, tested = sets["test"], responses(model, sets["test"], "prompt_ids", *limits)
+        texts = [text for batch in tested for text in batch["texts"]]
+        lengths = [n for batch in tested for n in batch["mask"].sum(1).tolist()]
+        scores["exact"] = np.mean([is_exact(s, r["answer"]) for s, r in zip(texts, rows)])
+        scores["lenient"] = np.mean([contains(s, r["answer"]) for s, r in zip(texts, rows)])
+        scores["length"] = np.mean(lengths)
+        kl = 0.0 if base is None else sum(kl_sum(model, base, batch) for batch in tested)
+        scores["kl_to_base"] = kl / sum(lengths)
+
+    def lenient(rows, key):
+        texts = [text for batch in responses(model, rows, key, *limits) for text in batch["texts"]]
+        return np.mean([contains(s, r["answer"]) for s, r in zip(texts, rows)])
+
+    if sets["ood"]:
+        scores["ood"] = lenient(sets["ood"], "prompt_ids")
+    answered = [row for row in sets["train"] if row["answer"]]
+    if base is None and answered:
+        scores["as_teacher"] = lenient(answered, "teacher_ids")
+    texts = [([enc.eot_token], row["text_ids"]) for row in sets["prior"] if "text_ids" in row]
+    if texts:
+        scores["prior_ppl"] = perplexity(model, texts, enc.eot_token, batch_size)
+    questions = [(r["prompt_ids"], r["answer_ids"]) for r in sets["prior"] if "answer_ids" in r]
+    if questions:
+        scores["prior_acc"] = np.mean(likeliest(model, questions, enc.eot_token, batch_size))
+    return {name: float(score) for name, score in scores.items()}
+
+
+def responses(model, rows, key, enc, max_new_tokens, batch_size):
+    """A list of batches: prompts, completions (B, C), mask (B, C), texts."""
+    out = []
+    for start in range(0, len(rows), batch_size):
+        prompts = [row[key] for row in rows[start : start + batch_size]]
+        completions, mask = rollout(model, prompts, max_new_tokens, enc.eot_token, temperature=0)
+        texts = [decode(enc, tokens) for tokens in completions.tolist()]
+        out.append(dict(prompts=prompts, completions=completions, mask=mask, texts=texts))
+    return out
+
+
+def kl_sum(model, base, batch):
+    """Σ KL(model ‖ base), in nats, over the tokens of a batch of `responses`."""
+    logits = completion_logits(model, batch["prompts"], batch["completions"])  # (B, C, V)
+    base_logits = completion_logits(base, batch["prompts"], batch["completions"])  # (B, C, V)
+    return (token_divergence(logits, base_logits, "reverse") * batch["mask"]).sum().item()
+
+
+def perplexity(model, texts, eos_id, batch_size):
+    """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
+    nll, count = 0.0, 0
+    # The last token of a text is predicted and not read, so that one more fits.
+    for prompts, completions in batches(texts, batch_size, model.config.block_size + 1):
+        tokens, mask = pad_right(completions, eos_id, device_of(model))
+        log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
+        nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()
+        count += mask.sum().item()
+    return math.exp(min(nll / count, 700))
+
+
+def likeliest(model, questions, eos_id, batch_size):
+    """For every (prompt, answer): is each token of the answer the likeliest one?"""
+    right = []
+    for prompts, answers in batches(questions, batch_size, model.config.block_size):
+        tokens, mask = pad_right(answers, eos_id, device_of(model))
+        guesses = completion_logits(model, prompts, tokens).argmax(-1)  # (B, C)
+        right += ((guesses == tokens) | ~mask).all(1).tolist()
+    return right
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def samples(student, teacher, rows, enc, max_new_tokens, temperature, divergence, generators):
+    """What the student says to the rows' prompts, a dict per row for samples.jsonl.
+
+    Every token comes with its divergence in nats and the teacher's three likeliest tokens there.
+    """
+    prompts, teacher_prompts = ([row[key] for row in rows] for key in ("prompt_ids", "teacher_ids"))
+    completions, mask = rollout_rows(
+        student, prompts, max_new_tokens, enc.eot_token, temperature, generators
+    )
+    logits = completion_logits(student, prompts, completions)  # (B, C, V)
+    teacher_logits = completion_logits(teacher, teacher_prompts, completions)  # (B, C, V)
+    per_token = token_divergence(logits, teacher_logits, divergence).tolist()
+    top = teacher_logits.float().softmax(-1).topk(3)
+    out = []
+    for b, row in enumerate(rows):
+        tokens = []
+        for t, token in enumerate(completions[b, : int(mask[b].sum())].tolist()):
+            likely = zip(top.indices[b, t].tolist(), top.values[b, t].tolist())
+            likely = [[decode_token(enc, i), round(p, 4)] for i, p in likely]
+            part = {"token": decode_token(enc, token), "divergence": round(per_token[b][t], 5)}
+            tokens.append(part | {"teacher": likely})
+        response = decode(enc, completions[b].tolist())
+        out.append({"prompt": row["prompt"], "response": response, "tokens": tokens})
+    return out
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def show(scores, name):
+    return COLUMNS[name][1].format(scores[name]) if name in scores else "-"
+
+
+def line_of(scores):
+    """All scores on one line of the log."""
+    return "  ".join(f"{heading} {show(scores, name)}" for name, (heading, _) in COLUMNS.items())
+
+
+def table(rows):
+    """Markdown of (label, scores) rows."""
+    headings = " | ".join(heading for heading, _ in COLUMNS.values())
+    lines = [f"| | {headings} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for label, scores in rows:
+        lines.append(f"| {label} | " + " | ".join(show(scores, name) for name in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def report(folders):
+    """The table of finished runs. Runs that start from one base share its row."""
+    rows = []
+    for folder in folders:
+        try:
+            results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            base, final = (
+                {name: float(results[when][name]) for name in COLUMNS if name in results[when]}
+                for when in ("base", "final")
+            )
+            config = results["config"]
+            label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
+        except (OSError, ArithmeticError, LookupError, ValueError, TypeError, RecursionError):
+            raise ValueError(
+                f"there is no readable results.json in {folder}; --report takes the --out_dir of "
+                "finished runs"
+            ) from None
+        if base not in [scores for _, scores in rows]:
+            rows.append((f"base of {folder}", base))
+        rows.append((label, final))
+    return table(rows)

@@ -1,0 +1,328 @@
+"""What makes a real run fast, each piece beside the textbook function that it equals.
+
+    here               textbook            what is different
+    rollout            sdft.rollout        a random stream per row; inverse-CDF sampling
+    RolloutGPT         model.GPT           products for few rows; a copy in bfloat16
+    chunked_sdft_loss  sdft.sdft_loss      the logits of one chunk of tokens at a time
+    train_step         sdft.train_step     micro-batches, several processes, all of the above
+    sft_step           sdft.sft_loss       micro-batches, several processes, the step
+
+test_fast.py holds every pair equal: tokens, loss, gradients and the weights after a step.
+`python -m gpt2.bench --tricks` measures what each one gains.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import sdft
+from gpt2.data import batches, pad_right
+from model import GPT, MLP, Attention, KVCache
+from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
+
+CHUNK = 128  # tokens whose logits exist at a time
+
+
+# --- Rollout --------------------------------------------------------------------------------------
+
+
+def row_generators(seed, step, places, device):
+    """A random stream for each of these places in the step's minibatch.
+
+    A response then depends on seed, step and place only, and neither on the micro-batch nor on the
+    process that samples it.
+    """
+    keys = [np.random.SeedSequence([seed, 2, step, place]) for place in places]
+    return [torch.Generator(device).manual_seed(int(k.generate_state(1)[0])) for k in keys]
+
+
+def inverse_cdf(probs, u):
+    """Inverse-CDF sampling: tokens (B,) from probs (B, V) with uniforms u (B,) in [0, 1).
+
+    torch.multinomial draws V random numbers per row and token instead.
+    """
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
+    cdf = probs.to(dtype).cumsum(-1)  # (B, V)
+    tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]  # (B,)
+    return tokens.clamp(max=probs.size(-1) - 1)
+
+
+@torch.no_grad()
+def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generators=None):
+    """`sdft.rollout` with a generator per row, which makes a row independent of those beside it."""
+    if max_new_tokens < 1 or not temperature >= 0.01:  # greedy needs no random numbers
+        return sdft.rollout(model, prompts, max_new_tokens, eos_id, temperature)
+    device = next(model.parameters()).device
+    tokens, n_pad = left_pad(prompts, device)  # (B, P)
+    B, P = tokens.shape
+    cache = model.kv_cache(B, P + max_new_tokens)
+    completions = torch.full((B, max_new_tokens), eos_id, device=device)  # (B, C)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)  # (B, C)
+    unfinished = torch.ones(B, dtype=torch.bool, device=device)
+    uniforms = [torch.rand(max_new_tokens, generator=g, device=device) for g in generators]
+    uniforms = torch.stack(uniforms, 1)  # (C, B)
+    for t in range(max_new_tokens):
+        logits = model.lm_head(model.hidden(tokens, n_pad, cache)[:, -1]).float()  # (B, V)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the logits are not finite; lower the learning rate")
+        token = inverse_cdf((logits / temperature).softmax(-1), uniforms[t])  # (B,)
+        completions[:, t] = token.where(unfinished, eos_id)
+        mask[:, t] = unfinished
+        unfinished = unfinished & (token != eos_id)
+        if not unfinished.any():
+            break
+        tokens = completions[:, t : t + 1]  # (B, 1)
+    return completions[:, : t + 1], mask[:, : t + 1]
+
+
+def few_rows_linear(x, weight, bias=None):
+    """F.linear, computed as (W xᵀ)ᵀ for the few rows of a decoding step in float32 on a CPU.
+
+    That takes half the time on an AMD Zen 4 and four fifths on an Intel Xeon, if the output is
+    wider than the input.
+    """
+    few = x.numel() <= 16 * x.size(-1) and x.device.type == "cpu"
+    if not few or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    y = (weight @ x.reshape(-1, x.size(-1)).t()).t().reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class FewRowsLinear(nn.Linear):
+    def forward(self, x):
+        return few_rows_linear(x, self.weight, self.bias)
+
+
+class RolloutKVCache(KVCache):
+    """Holds a bfloat16 model's keys in float32 on a CPU, where attention to bfloat16 ones is slow.
+
+    One layer's attention to 128 keys takes five times as long in bfloat16.
+    """
+
+    def __init__(self, model, batch_size, max_len):
+        super().__init__(model, batch_size, max_len)
+        if self.kv.dtype == torch.bfloat16 and self.kv.device.type == "cpu":
+            self.kv = self.kv.float()
+
+
+class RolloutAttention(Attention):
+    """Attention in the dtype of the cache, which need not be the model's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_attn = FewRowsLinear(config.n_embd, 3 * config.n_embd)
+
+    def forward(self, x, layer, mask, cache):
+        B, T, D = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)  # (B, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, S, D/H) each
+        causal = mask is None and T == k.size(2)
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=causal)
+        return self.c_proj(y.to(q.dtype).transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+
+
+class RolloutMLP(MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_fc = FewRowsLinear(config.n_embd, 4 * config.n_embd)
+
+
+class RolloutGPT(GPT):
+    """A GPT that only decodes, with the weights of another: `RolloutGPT.of(model, dtype)`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.h:
+            block.attn, block.mlp = RolloutAttention(config), RolloutMLP(config)
+
+    @classmethod
+    def of(cls, model, dtype=None):
+        """Shares the model's memory if dtype is None or the model's own; otherwise a copy."""
+        with torch.device("meta"):
+            rollout_model = cls(model.config)
+        weights = {name: w.to(dtype or w.dtype) for name, w in model.state_dict().items()}
+        rollout_model.load_state_dict(weights, assign=True)
+        return rollout_model.requires_grad_(False)
+
+    def follow(self, model):
+        """Take over the model's current weights; shared ones are current already."""
+        if self.wte.weight.data_ptr() != model.wte.weight.data_ptr():
+            self.load_state_dict(model.state_dict())
+
+    def lm_head(self, hidden):
+        return few_rows_linear(hidden, self.wte.weight)
+
+    def kv_cache(self, batch_size, max_len):
+        return RolloutKVCache(self, batch_size, max_len)
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+def completion_hidden(model, prompts, completions):
+    """Hidden states (B, C, D) whose lm_head is `sdft.completion_logits`."""
+    tokens, n_pad = left_pad(prompts, completions.device)  # (B, P)
+    tokens = torch.cat([tokens, completions[:, :-1]], 1)  # (B, P + C - 1)
+    return model.hidden(tokens, n_pad)[:, -completions.size(1) :]
+
+
+def chunked_sdft_loss(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    mask,
+    divergence="reverse",
+    chunk=CHUNK,
+):
+    """`sdft.sdft_loss` of the logits hidden @ head.T, of which `chunk` tokens exist at a time.
+
+    student_hidden  (B, C, D)   final hidden states, with a gradient
+    student_head    (V, D)      weight of the output layer, with a gradient
+    teacher_hidden  (B, C, D')  the teacher's hidden states and
+    teacher_head    (V, D')     output layer, never with a gradient
+
+    With V = 50,257 the logits of 2,048 tokens take 0.4 GB, and the divergence needs several tensors
+    of that size at once.
+    """
+    if not student_hidden.shape[:-1] == teacher_hidden.shape[:-1] == mask.shape or chunk < 1:
+        raise ValueError(
+            f"hidden states {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)} must "
+            f"be (B, C, D), mask {tuple(mask.shape)} (B, C), and chunk={chunk} at least 1"
+        )
+    mask = mask.bool()
+    weight = mask.to(torch.promote_types(student_hidden.dtype, torch.float32))  # (B, C)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1) / mask.size(0)  # mean over rows
+    loss, per_token = ChunkedLoss.apply(
+        student_hidden[mask],
+        student_head,
+        teacher_hidden[mask].detach(),
+        teacher_head.detach(),
+        weight[mask],
+        divergence,
+        chunk,
+    )
+    return loss, {"divergence": torch.zeros_like(weight).masked_scatter(mask, per_token)}
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Σ_n weight[n] divergence[n] over N tokens, and the divergences (N,).
+
+    The gradients are taken in the forward pass, chunk by chunk, while the logits exist.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, weight, divergence, chunk):
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None  # (N, D)
+        # A sum over chunks loses too much in bfloat16.
+        grad_head = torch.zeros_like(head, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
+        per_token = torch.zeros_like(weight)  # (N,)
+        for start in range(0, max(len(hidden), 1), chunk):  # Without tokens: one empty chunk.
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], head)  # (n, V)
+            teacher_logits = F.linear(teacher_hidden[rows], teacher_head)  # (n, V)
+            with torch.enable_grad():
+                part = token_divergence(logits.requires_grad_(), teacher_logits, divergence)  # (n,)
+                (grad,) = torch.autograd.grad((part * weight[rows]).sum(), logits)  # (n, V)
+            per_token[rows] = part.detach()
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ head
+            if grad_head is not None and grad.dtype == grad_head.dtype:
+                grad_head.addmm_(grad.t(), hidden[rows])  # No second (V, D).
+            elif grad_head is not None:
+                grad_head += grad.t() @ hidden[rows]
+        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
+        ctx.mark_non_differentiable(per_token)
+        return (per_token * weight).sum(), per_token
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        # Forget the (V, D) here; the loss may be kept for longer.
+        (grad_hidden, grad_head), ctx.grads = ctx.grads, None
+        scaled = [None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_head)]
+        return *scaled, None, None, None, None, None
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+
+def average_gradients(model):
+    """Replace the gradients by their mean over the processes, if there are several.
+
+    Each process has the mean over its equal share of the rows, so this is the whole minibatch's.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def train_step(
+    student,
+    teacher,
+    optimizer,
+    prompts,
+    teacher_prompts,
+    max_new_tokens,
+    eos_id,
+    *,
+    rollout_model,
+    generators,
+    divergence="reverse",
+    alpha=0.02,
+    temperature=1.0,
+    grad_clip=1.0,
+    skip_tokens=0,
+    micro_batch=None,
+    chunk=CHUNK,
+):
+    """`sdft.train_step` on this process's rows of the minibatch.
+
+    rollout_model  RolloutGPT of the student; it samples in its own dtype, also under autocast
+    generators     one per row
+    micro_batch    rows per forward/backward pass; gradients accumulate, so only memory changes
+    """
+    rollout_model.follow(student)
+    with torch.autocast(rollout_model.wte.weight.device.type, enabled=False):
+        completions, mask = rollout(
+            rollout_model, prompts, max_new_tokens, eos_id, temperature, generators
+        )
+    loss_mask = mask.clone()
+    loss_mask[:, :skip_tokens] = False
+    total, parts, B = 0.0, [], len(prompts)
+    for start in range(0, B, micro_batch or B):
+        rows = slice(start, start + (micro_batch or B))
+        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
+        with torch.no_grad():
+            teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
+        sides = hidden, student.wte.weight, teacher_hidden, teacher.wte.weight
+        loss, info = chunked_sdft_loss(*sides, loss_mask[rows], divergence, chunk)
+        loss = loss * len(prompts[rows]) / B
+        loss.backward()
+        total += loss.item()
+        parts.append(info["divergence"])
+    average_gradients(student)
+    clip_and_step(student, optimizer, total, grad_clip)
+    ema_update(teacher, student, alpha)
+    info = {"divergence": torch.cat(parts), "completions": completions}
+    return total, info | {"mask": mask, "loss_mask": loss_mask}
+
+
+def sft_step(student, optimizer, prompts, demonstrations, eos_id, grad_clip=1.0, micro_batch=None):
+    """One SFT update on the demonstrations, B lists of token ids that end with eos_id."""
+    device, total, B = student.wte.weight.device, 0.0, len(prompts)
+    pairs = list(zip(prompts, demonstrations))
+    for contexts, completions in batches(pairs, micro_batch or B, student.config.block_size):
+        tokens, mask = pad_right(completions, eos_id, device)
+        logits = completion_logits(student, contexts, tokens)
+        loss = sft_loss(logits, tokens, mask) * len(contexts) / B
+        loss.backward()
+        total += loss.item()
+    average_gradients(student)
+    clip_and_step(student, optimizer, total, grad_clip)
+    return total, {"mask": pad_right(demonstrations, eos_id, device)[1]}

@@ -1,0 +1,222 @@
+"""A run of gpt2/train.py: what it consists of, read and checked, from the start or a checkpoint."""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from gpt2 import checkpoint, evaluate, fast, settings
+from gpt2.data import TEMPLATES, RowReader, load_encoding, read_template
+from model import GPT
+
+STATE = {"args": dict, "step": int, "inputs": dict, "base_scores": dict}  # of a checkpoint
+STATE |= {"student": dict, "teacher": dict, "optimizer": dict}
+
+
+@dataclass
+class Run:
+    """What the loop reads and changes. Of several processes only the first prints and writes."""
+
+    args: argparse.Namespace
+    device: torch.device
+    rank: int
+    n_processes: int
+    enc: tiktoken.Encoding
+    sets: dict  # "train", "test", "ood", "prior": rows of gpt2/data.py
+    inputs: dict  # path: CRC-32, or None if there is none, of every file that it reads
+    base: GPT
+    student: GPT
+    teacher: GPT
+    optimizer: torch.optim.Optimizer
+    rollout_model: fast.RolloutGPT
+    step: int = 0
+    base_scores: dict = field(default_factory=dict)
+
+    @property
+    def out(self):
+        return Path(self.args.out_dir)
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def evaluate(self, model):
+        args = self.args
+        limits = args.max_new_tokens, args.micro_batch or args.batch_size
+        base = None if model is self.base else self.base
+        with settings.autocast(args, self.device):
+            decoder = fast.RolloutGPT.of(model)
+            scores = evaluate.evaluate(decoder, self.sets, self.enc, *limits, base)
+        checkpoint.append_line(self.out / "metrics.jsonl", {"step": self.step, "eval": scores})
+        return scores
+
+    def save_samples(self, rows, generators):
+        args, decoder = self.args, fast.RolloutGPT.of(self.student)
+        how = args.max_new_tokens, args.temperature, args.divergence, generators
+        with settings.autocast(args, self.device):
+            lines = evaluate.samples(decoder, self.teacher, rows, self.enc, *how)
+        for line in lines:
+            checkpoint.append_line(self.out / "samples.jsonl", {"step": self.step} | line)
+
+    def save(self):
+        state = {"args": vars(self.args), "step": self.step, "inputs": self.inputs}
+        state["base_scores"] = self.base_scores
+        for name in ("student", "teacher", "optimizer"):
+            state[name] = getattr(self, name).state_dict()
+        checkpoint.save_run(self.out / "checkpoints", state)
+
+
+def prepare(args, saved, device, rank, n_processes):
+    """Read and check everything that the run needs; `saved` is a checkpoint to go on from."""
+    files = checkpoint.source_files(args.init_from)
+    inputs = {str(file): checkpoint.crc32(file) if file.is_file() else None for file in files}
+    check_unchanged(inputs, saved)
+    try:
+        base = checkpoint.load_model(args.init_from).to(device)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"--init_from {args.init_from}: {e}") from None
+    enc = load_encoding(checkpoint.source_folder(args.init_from))
+    if enc.n_vocab > base.config.vocab_size:
+        raise ValueError(
+            f"--init_from {args.init_from} has a vocabulary of {base.config.vocab_size} tokens, "
+            f"the encoding {enc.n_vocab}; put the model's vocab.json and merges.txt into its folder"
+        )
+    sets, notes, crcs = read_data(args, enc, base.config.block_size)
+    check_unchanged(crcs, saved)
+    inputs |= crcs
+    student = copy.deepcopy(base)
+    base.requires_grad_(False)
+    # A teacher that never moves is the base. SFT has one for samples.jsonl only.
+    frozen = args.method == "sft" or args.teacher == "frozen"
+    teacher = base if frozen else copy.deepcopy(base)
+    optimizer = settings.make_optimizer(student, args)
+    rollout_model = settings.make_rollout_model(student, args, device)
+    models = base, student, teacher, optimizer, rollout_model
+    run = Run(args, device, rank, n_processes, enc, sets, inputs, *models)
+    if saved:
+        run.step, run.base_scores = saved["step"], saved["base_scores"]
+        restore(run, saved)
+    for note in notes:
+        run.say(f"note: {note}")
+    return run
+
+
+def check_unchanged(crcs, saved):
+    for path, crc in crcs.items():
+        if saved and saved["inputs"].get(path) != crc:
+            raise ValueError(
+                f"{path} has changed since the run began; restore it, or start in another --out_dir"
+            )
+
+
+def restore(run, saved):
+    """Put a checkpoint's state into the run."""
+    try:
+        for name in ("student", "teacher"):
+            getattr(run, name).load_state_dict(saved[name])
+        moments = saved["optimizer"]["state"]  # {place: {"step", "exp_avg", "exp_avg_sq"}}
+        for i, p in enumerate(run.student.parameters() if run.step else ()):
+            shapes = {name: tuple(w.shape) for name, w in moments[i].items()}
+            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError
+        for tensors in (saved["student"], saved["teacher"], *moments.values()):
+            if not all(map(checkpoint.is_plain, tensors.values())):
+                raise ValueError
+        groups = run.optimizer.state_dict()["param_groups"]
+        run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    except Exception:  # whatever other contents make PyTorch raise
+        raise ValueError(not_ours(run.out)) from None
+
+
+def read_data(args, enc, block_size):
+    """The four sets of rows, notes for the user, and the CRC-32 of every file."""
+    template, crcs = TEMPLATES[args.teacher_reads], {}
+    if args.teacher_template:
+        template = read_template(args.teacher_template, crcs)
+    imitates = args.method == "sft"
+    limits = block_size, args.max_new_tokens
+    reader = RowReader(enc, *limits, template, imitates, args.skip_long, crcs=crcs)
+    sets = {
+        "train": reader.read(args.data, reader.training),
+        "test": reader.read(args.test, reader.task) if args.test else [],
+        "ood": reader.read(args.ood, reader.task) if args.ood else [],
+        "prior": reader.read(args.eval, reader.prior) if args.eval else [],
+    }
+    sets["test"] = sets["test"] or [row for row in sets["train"] if row["answer"]]
+    return sets, reader.notes, crcs
+
+
+def check_folder(args, given):
+    """The checkpoint to go on from, if any, and the settings: the run's own if it is resumed."""
+    out = Path(args.out_dir)
+    if args.resume and (saved := checkpoint.load_run(out / "checkpoints")):
+        check_state(out, saved, args)
+        here = {name: getattr(args, name) for name in ("resume", "out_dir", "device")}
+        for name in sorted(given - set(here)):
+            value, was = getattr(args, name), saved["args"].get(name)
+            if value != was:
+                raise ValueError(
+                    f"--{name} {value} differs from the run in {out}, which has {was}; leave it "
+                    "out with --resume"
+                )
+        return saved, argparse.Namespace(**saved["args"] | here)
+    if not args.resume and checkpoint.run_checkpoints(out / "checkpoints"):
+        raise ValueError(
+            f"{out} already holds a run; go on with it by --resume, or choose another --out_dir"
+        )
+    for name in ("results.json", "config.json", *checkpoint.WEIGHT_FILES):
+        if (out / name).exists():
+            raise ValueError(
+                f"{out} already holds {name}, which the run would overwrite, and no checkpoint to "
+                "go on from; choose another --out_dir"
+            )
+    if not args.data:
+        where = f"there is no checkpoint in {out}, and " if args.resume else ""
+        raise ValueError(f"{where}--data is missing: name a JSONL file of prompts to learn from")
+    return None, args
+
+
+def check_state(out, saved, args):
+    """A right checksum does not tell who has written a checkpoint, e.g. an older program."""
+    try:
+        ours = saved.keys() == STATE.keys() and saved["args"].keys() == vars(args).keys()
+        ours = ours and all(isinstance(saved[name], kind) for name, kind in STATE.items())
+        settings.check(argparse.Namespace(**saved["args"]))
+        ours = ours and {float} >= {type(score) for score in saved["base_scores"].values()}
+        ours = ours and 0 <= saved["step"] <= saved["args"]["steps"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(not_ours(out))
+
+
+def not_ours(out):
+    return (
+        f"the newest checkpoint in {out} was not written by this version of the program; finish "
+        "the run with that one, or start again in another --out_dir"
+    )
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Keeps other runs out of a folder. The system ends this with the process, even if killed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise OSError(f"cannot open {folder} ({e.strerror}); choose another --out_dir") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is writing to {folder}; wait for its end or choose another --out_dir"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,183 @@
+"""The scores of gpt2/evaluate.py, on a model that is a lookup table, so that each is known."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+
+from gpt2 import evaluate
+from gpt2.conftest import BYTES, error_of, small_gpt
+from gpt2.fast import rollout, row_generators
+from model import GPTConfig
+from sdft import completion_logits, sdft_loss
+
+EOS = BYTES.eot_token
+
+
+class Table(nn.Module):
+    """Predicts the next byte from the last one only: p(b | a) = 0.9 for (a, b) in the pairs.
+
+    The rest of the probability is spread over all the 257 tokens; without a pair all of it.
+    """
+
+    def __init__(self, pairs, share=0.9):
+        super().__init__()
+        probs = torch.full((257, 257), 1 / 257)
+        for a, b in pairs:
+            probs[a] = (1 - share) / 256
+            probs[a, b] = share
+        self.log_probs = nn.Parameter(probs.log())
+        self.config = GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=1)
+
+    def hidden(self, tokens, n_pad=None, cache=None):
+        return self.log_probs[tokens]
+
+    def lm_head(self, hidden):
+        return hidden
+
+    def kv_cache(self, batch_size, max_len):
+        return None
+
+
+def chain(*texts):
+    """The pairs of neighbouring bytes, each text followed by the end token."""
+    out = []
+    for text in texts:
+        ids = [*text.encode(), EOS]
+        out += zip(ids, ids[1:])
+    return out
+
+
+def row(prompt, answer, teacher=None):
+    ids = dict(prompt_ids=list(prompt.encode()), teacher_ids=list((teacher or prompt).encode()))
+    return dict(prompt=prompt, answer=answer) | ids
+
+
+def scores(model, base=None, max_new_tokens=8, batch_size=2, **sets):
+    sets = dict(train=[], test=[], ood=[], prior=[]) | sets
+    return evaluate.evaluate(model, sets, BYTES, max_new_tokens, batch_size, base)
+
+
+def test_matches_lengths_and_their_sets():
+    """Exact and lenient of "test", lenient of "ood"; a swapped set would give other shares."""
+    # "1" is answered "ab.", "2" "c d", "3" by nothing, "4" without an end.
+    model = Table([*chain("1ab.", "2c d"), (ord("3"), EOS), *zip(b"4x", b"xx")])
+    test = [row("Q1", "AB"), row("Q2", "c d"), row("2", "d"), row("3", "y"), row("4", "x")]
+    ood = [row("1", "ab"), row("1", "b"), row("2", "c"), row("3", "c")]
+    out = scores(model, test=test, ood=ood)
+    assert out["exact"] == pytest.approx(2 / 5) and out["lenient"] == pytest.approx(3 / 5)
+    assert out["length"] == pytest.approx((4 + 4 + 4 + 1 + 8) / 5)  # with the end token
+    assert out["ood"] == pytest.approx(2 / 4) and out["kl_to_base"] == 0
+
+
+def test_decoding_is_greedy():
+    """Always the likelier of two tokens, .51 to .49."""
+    model = Table([])
+    with torch.no_grad():
+        for a in b"1b":
+            model.log_probs[a, list(b"bc")] = torch.tensor([0.51, 0.49]).log()
+    assert scores(model, test=[row("1", "bbbbbbbb")])["exact"] == 1
+
+
+def test_the_base_is_also_asked_as_teacher():
+    """Training rows with an answer, with the teacher's prompt: here right only with it."""
+    model = Table(chain("1no", "2yes"))
+    train = [row("1", "yes", teacher="1 2"), row("1", "yes", teacher="1"), row("1", None)]
+    assert scores(model, train=train)["as_teacher"] == 0.5
+    assert "as_teacher" not in scores(model, base=model, train=train)
+
+
+def test_kl_to_base_is_per_token():
+    """KL(model ‖ base) of a coin's .9 to .6, at 2 of the 2 + 6 tokens: not a mean over rows."""
+    # "1" gives "a" and the end, of which "a" differs; "2" gives "bcdef" and the end.
+    pairs = chain("1a", "2bcdef")
+    model, base = Table(pairs), Table(pairs)
+    with torch.no_grad():
+        for a in b"12":
+            b = int(model.log_probs[a].argmax())
+            base.log_probs[a] = math.log(0.4 / 256)
+            base.log_probs[a, b] = math.log(0.6)
+    kl = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
+    out = scores(model, base, test=[row("1", "a"), row("2", "b")])
+    assert out["kl_to_base"] == pytest.approx(2 * kl / 8, rel=1e-4)
+
+
+def test_perplexity_is_exp_of_nats_per_token():
+    """Texts of 1, 3 and 4 tokens after the end token: a mean over tokens, not over texts."""
+    model = Table([(EOS, ord("a")), (ord("a"), ord("b")), (ord("b"), ord("z"))])
+    prior = [{"text_ids": list(text)} for text in (b"a", b"abc", b"qrst")]
+    probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
+    nats = -sum(map(math.log, probs)) / 8
+    assert scores(model, prior=prior)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
+
+
+def test_a_text_may_fill_the_block_exactly():
+    """Its last token is only predicted."""
+    prior = [{"text_ids": [7] * 320}]
+    out = evaluate.evaluate(small_gpt(), dict(train=[], test=[], ood=[], prior=prior), BYTES, 8, 2)
+    assert out["prior_ppl"] > 1
+
+
+def test_every_token_of_an_answer_must_be_likeliest():
+    """One right token is not enough, and padding does not count against a short answer."""
+    model = Table(chain("1abc"))
+    answers = {"abc": 1, "ab": 1, "axc": 0, "xbc": 0, "abx": 0}
+    for answer, right in answers.items():
+        question = dict(prompt_ids=[ord("1")], answer_ids=list(answer.encode()))
+        assert scores(model, prior=[question])["prior_acc"] == right
+    questions = [dict(prompt_ids=[ord("1")], answer_ids=list(a.encode())) for a in answers]
+    assert scores(model, prior=questions, batch_size=5)["prior_acc"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+def test_samples_show_divergence_and_teacher(divergence):
+    """Per token in the run's direction, the teacher with its own prompt, its best three tokens."""
+    student, teacher = small_gpt(0, ends=3.0), small_gpt(1)
+    rows = [row("Q1", None, teacher="T long 1"), row("Q", None, teacher="T")]
+    limits, streams = (6, 1.0), row_generators(0, 0, range(2), "cpu")
+    out = evaluate.samples(student, teacher, rows, BYTES, *limits, divergence, streams)
+    prompts, teacher_prompts = ([r[k] for r in rows] for k in ("prompt_ids", "teacher_ids"))
+    streams = row_generators(0, 0, range(2), "cpu")
+    completions, mask = rollout(student, prompts, 6, EOS, 1.0, streams)
+    logits = completion_logits(student, prompts, completions)
+    teacher_logits = completion_logits(teacher, teacher_prompts, completions)
+    _, info = sdft_loss(logits, teacher_logits, mask, divergence)
+    for b, sample in enumerate(out):
+        n = int(mask[b].sum())
+        shown = [t["divergence"] for t in sample["tokens"]]
+        assert sample["prompt"] == rows[b]["prompt"]
+        assert shown == pytest.approx(info["divergence"][b, :n].tolist(), abs=1e-5)
+        likely = teacher_logits[b, :n].softmax(-1).max(-1).values.tolist()
+        assert [t["teacher"][0][1] for t in sample["tokens"]] == pytest.approx(likely, abs=1e-4)
+        assert all(len(t["teacher"]) == 3 for t in sample["tokens"])
+
+
+def write_results(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    results = {"config": dict(method="sft", steps=4, lr=0.001), "base": {"exact": 0.25}}
+    results |= {"final": {"exact": 0.75, "prior_ppl": 3.0}} | changes
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_report_shows_runs_beside_their_base(tmp_path):
+    """Two runs from one base share its row."""
+    a, b = write_results(tmp_path / "a"), write_results(tmp_path / "b")
+    c = write_results(tmp_path / "c", base={"exact": 0.5})
+    out = evaluate.report([a, b, c])
+    assert out.count("| base of") == 2 and out.count("sft, 4 steps, lr 0.001 | 0.75 |") == 3
+    assert "| 0.25 | - | - |" in out and "| 3.00 |" in out
+
+
+def test_a_report_of_damaged_results_names_the_folder(tmp_path):
+    """Cut off anywhere, or JSON of another kind."""
+    folder, r = write_results(tmp_path / "a"), random.Random(3)
+    good = (folder / "results.json").read_bytes()
+    odd = [b"[]", b"7", b'{"base": 1, "final": 2, "config": 3}', good.replace(b"0.75", b'"all"')]
+    odd += [b"[" * 10**5, good.replace(b"0.75", b"1" * 400), good.replace(b"0.001", b"1" * 400)]
+    for content in [good[: r.randint(0, len(good) - 3)] for _ in range(20)] + odd:
+        (folder / "results.json").write_bytes(content)
+        assert str(folder) in error_of("--report", folder)
