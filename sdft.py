@@ -6,10 +6,9 @@ arXiv 2601.19897, v1 of January 2026 and v2 of August 2026. Marks such as "Alg. 
     student  π_θ(·|x)     reads the prompt only, as it will at inference
     teacher  π_φ(·|x, c)  reads the prompt and c, an expert's demonstration for this very prompt
 
-φ starts as θ and follows it as an exponential moving average (EMA). In one step the student rolls
-out its own response y, both roles score the tokens of y, and the student is pulled towards the
-teacher at every token. The expert's tokens are never a target: c acts only through what the
-teacher makes of it, so the targets stay close to what the model would say by itself.
+φ starts as θ and follows it as a moving average (EMA). In one step the student rolls out its own
+response y, both roles score y, and the student is pulled towards the teacher at every token. The
+expert's tokens are never a target: c acts only through what the teacher makes of it.
 
     prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
     completions  (B, C)       the student's responses; after its end a row is filled up
@@ -43,9 +42,10 @@ def teacher_context(prompt, demonstration, article=None):
 
 def left_pad(prompts, device):
     """Token ids (B, P) and the number of padding tokens per row (B,), None if no row has any."""
-    if len(prompts) == 0 or min(len(p) for p in prompts) == 0:
+    longest = max((len(p) for p in prompts), default=0)
+    n_pad = [longest - len(p) for p in prompts]
+    if longest == 0 or longest == max(n_pad):
         raise ValueError("a batch needs a prompt and every prompt a token; remove the empty ones")
-    n_pad = [max(len(p) for p in prompts) - len(p) for p in prompts]
     tokens = torch.tensor([[0] * n + list(p) for n, p in zip(n_pad, prompts)], device=device)
     return tokens, torch.tensor(n_pad, device=device) if any(n_pad) else None
 
@@ -61,7 +61,7 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
     if max_new_tokens < 1 or not (temperature == 0 or temperature >= 0.01):
         raise ValueError("max_new_tokens must be >= 1, temperature 0 (greedy) or >= 0.01")
     device = next(model.parameters()).device
-    tokens, n_pad = left_pad(prompts, device)  # (B, P)
+    tokens, n_pad = left_pad(prompts, device)
     B, P = tokens.shape
     cache = model.kv_cache(B, P + max_new_tokens)
     completions = torch.full((B, max_new_tokens), eos_id, device=device)  # (B, C)

@@ -112,12 +112,12 @@ def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0, is_correct
     `prompts` is the key of what the model reads: "teacher_prompts" have the demonstration.
     """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    accuracy, length = {}, {}
-    for name, data in sets.items():
-        y, mask = rollout(model, data[prompts], MAX_NEW_TOKENS, toy.EOS, temperature, generator)
-        accuracy[name] = float(is_correct(y.cpu().numpy(), data["answers"]).mean())
-        length[name] = mask.sum(1).float().mean().item()
-    return accuracy, length
+    rows = np.concatenate([data[prompts] for data in sets.values()])
+    answers = np.concatenate([data["answers"] for data in sets.values()])
+    y, mask = rollout(model, rows, MAX_NEW_TOKENS, toy.EOS, temperature, generator)
+    ends = np.cumsum([len(data[prompts]) for data in sets.values()])[:-1]
+    scores = is_correct(y.cpu().numpy(), answers), mask.sum(1).cpu().numpy()  # (rows,) each
+    return tuple({k: float(v.mean()) for k, v in zip(sets, np.split(s, ends))} for s in scores)
 
 
 def measure(model, sets, sampled=False):

@@ -9,6 +9,7 @@ import argparse
 import ast
 import copy
 import inspect
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def load_base(path, config):
     if not path.exists():
         return None
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare the file's checksums
+            raise ValueError
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["config"] != config:
             print(f"{path} is of other settings or other code: pretraining again", flush=True)

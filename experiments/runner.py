@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -156,12 +157,17 @@ def fingerprint(module, quick, inputs=""):
 
 
 def read(log):
+    """The finished arms. One whose line is damaged, e.g. cut short, runs again."""
     rows = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            pass  # empty, or cut short by an interruption: that arm runs again
+            row = json.loads(line)
+            numbers = [row["seed"], row["code"], row["seconds"], *row["metrics"].values()]
+            if row["metrics"] and isinstance(row["arm"], str) and np.isfinite(numbers).all():
+                rows.append(row)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
     return rows
 
 
@@ -175,6 +181,13 @@ def set_up(args, worker=True):
     torch.set_num_threads(args.threads or shared_out)
     if worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Whatever kills the parent, no worker is left behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def in_processes(task, arguments, args):

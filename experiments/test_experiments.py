@@ -251,6 +251,33 @@ def test_texts_are_read_where_they_belong(monkeypatch):
         assert context.measure(0, text, None)["teacher"] == (text == "article")
 
 
+@pytest.mark.parametrize("text", ["answer", "article", "both"])
+def test_the_named_text_teaches_the_facts(text, monkeypatch):
+    """In training the teacher reads the arm's text, not another."""
+    seen = []
+    monkeypatch.setattr(context, "base", lambda *a: LookUp())
+    monkeypatch.setattr(knowledge, "train", lambda s, data, *a, **kw: seen.append(data) or (s, s))
+    context.measure(0, text, settings.SDFT_FACTS)
+    prompts = toy.facts("new", 0, reads=text)["teacher_prompts"]
+    assert np.array_equal(seen[0]["teacher_prompts"], prompts)
+
+
+@pytest.mark.parametrize("arm, style", [(settings.SFT_OWN, "own"), (settings.SDFT, "expert")])
+def test_training_gets_style_seed_and_settings(arm, style, monkeypatch):
+    """Demonstrations in another style, minibatches and rollouts that ignore the seed."""
+    seen = {}
+
+    def fine_tune(student, data, step, lr, steps, **more):
+        seen.update(data=data, got=dict(step=step, lr=lr, steps=steps, **more))
+
+    monkeypatch.setattr(common, "fine_tune", fine_tune)
+    start = LookUp()
+    assert common.train_on_skill(start, 3, arm, "Y") is not start
+    expected = toy.skill("Y", "train", 3, style)["demonstrations"]
+    assert np.array_equal(seen["data"]["demonstrations"], expected)
+    assert seen["got"] | {"style": style} == {"style": style, "seed": 3} | arm
+
+
 def test_the_teacher_reads_the_demonstration(quick, monkeypatch):
     """Accuracy or KL of the teacher without its demonstration."""
     base = LookUp(of_skill("X"), key="teacher_prompts")
@@ -279,7 +306,8 @@ def test_each_stage_starts_from_the_last(arm, quick, monkeypatch):
     """Stages that start from the base again would know Z only."""
 
     def match(other, student, seed, settings, name):
-        assert set(taught(LookUp(), name=name).known) <= set(other.known)
+        so_far = "XYZ"[: "XYZ".index(name) + 1]
+        assert other.known == LookUp(*(of_skill(k) for k in so_far)).known
         return taught(student, name=name), 7
 
     monkeypatch.setattr(sequential, "base", lambda *a: LookUp())
@@ -603,6 +631,54 @@ def test_a_wrong_command_line_is_named(more, words, tmp_path, monkeypatch, capsy
 # --- Bases ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["{}", "5", "null", "[" * 10**5, "1" * 5000, '"\\ud800"', "NaN"]
+    + ['{"arm": "base", "seed": 0, "code": CODE}', '{"arm": "base", "seed": [], "code": CODE}']
+    + ['{"arm": [], "seed": 0, "code": CODE, "seconds": 1, "metrics": {"accuracy": 1}}']
+    + [
+        '{"arm": "base", "seed": 0, "code": CODE, "seconds": 1, "metrics": %s}' % metrics
+        for metrics in ("{}", "5", '{"accuracy": "1"}', '{"accuracy": null}', '{"accuracy": NaN}')
+    ],
+)
+def test_a_damaged_log_line_runs_its_arm_again(line, tmp_path, without_arms):
+    """Of whatever kind; finished arms beside it are kept."""
+    code = runner.fingerprint(teacher, True)
+    line = line.replace("CODE", str(code["base"]))
+    (tmp_path / "teacher.jsonl").write_bytes(b"\xff\x00" + line.encode() + b"\n" + line.encode())
+    runner.main("teacher", flags(tmp_path))
+    assert without_arms == [(0, arm) for arm in teacher.ARMS]
+    runner.main("teacher", flags(tmp_path))
+    assert without_arms == [(0, arm) for arm in teacher.ARMS]
+
+
+def wait_for_ever(name):
+    Path(name).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_a_killed_parent_leaves_no_process_behind(tmp_path):
+    """kill -9 cannot be caught, and a worker that is left holds memory and a core."""
+    parent = multiprocessing.get_context("spawn").Process(target=start_two, args=[tmp_path])
+    parent.start()
+    names = [tmp_path / "0", tmp_path / "1"]
+    deadline = time.monotonic() + 120
+    while not all(name.exists() and name.read_text() for name in names):
+        assert time.monotonic() < deadline and parent.is_alive()
+        time.sleep(0.1)
+    parent.kill()
+    for name in names:
+        while Path(f"/proc/{name.read_text()}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def start_two(folder):
+    args = runner.parse_args("", flags(folder, "--jobs", "2"))
+    for _ in runner.in_processes(wait_for_ever, [(str(folder / name),) for name in "01"], args):
+        pass
+
+
 def test_a_base_is_reused_from_its_file(quick, tmp_path, capsys):
     """Made once per seed and world; other settings or code make it again; damage is named."""
     common.options.out_dir = tmp_path
@@ -612,9 +688,12 @@ def test_a_base_is_reused_from_its_file(quick, tmp_path, capsys):
         assert torch.equal(a, b)
     [path] = (tmp_path / "bases").iterdir()
     assert common.load_base(path, common.base_config(0, 21, "skills", 16)) is None
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged or not a base; delete it"):
-        common.base(0, n_embd=16)
+    good = path.read_bytes()
+    at = good.index(first.wte.weight.detach().numpy().tobytes())
+    for bad in (good[:1000], good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]):  # or a bit flips
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="damaged or not a base; delete it"):
+            common.base(0, n_embd=16)
 
 
 @pytest.mark.parametrize("part", [toy, common.model_file, common.pretrain])

@@ -237,7 +237,7 @@ def test_evaluate_gives_accuracy_and_mean_length(monkeypatch):
     y = torch.tensor([toy.encode(said) for said in ("31...", "3....", "31...", "31313")])
     mask = torch.arange(5) < torch.tensor([[3], [2], [3], [5]])
     monkeypatch.setattr(train_toy, "rollout", lambda *_: (y, mask))
-    data = {"prompts": None, "answers": np.array([toy.encode("31.")] * 4)}
+    data = {"prompts": np.zeros((4, 1)), "answers": np.array([toy.encode("31.")] * 4)}
     assert train_toy.evaluate(toy_gpt(), {"X": data}) == ({"X": 0.5}, {"X": 13 / 4})
 
 

@@ -59,10 +59,7 @@ def write_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except Exception as e:  # torch.save and safetensors each have their own
-        cause = e
-        while cause and not isinstance(cause, OSError):  # e.g. a full disk, hidden behind theirs
-            cause = cause.__context__
-        reason = cause.strerror if cause and cause.strerror else " ".join(str(e).split())[:200]
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:200]
         raise OSError(
             f"cannot write {path} ({reason}); free some space or choose another folder"
         ) from None
@@ -167,7 +164,7 @@ def read_checkpoint(path):
             weights = load_file(files[0])
         else:
             weights = load_tensors(files[0])
-        if not all(isinstance(name, str) for name in weights):
+        if not (isinstance(weights, dict) and all(isinstance(name, str) for name in weights)):
             raise TypeError
     except ImportError:
         raise ValueError(f"{files[0]} needs safetensors: pip install safetensors") from None

@@ -123,6 +123,9 @@ def test_a_malicious_pickle_runs_nothing(tmp_path):
 
     save_model(small_gpt(), tmp_path)
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    torch.save("text", tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a plain checkpoint of tensors"):
+        load_model(str(tmp_path))
     for save in (torch.save, plain_pickle):
         save({"wte.weight": Malicious()}, tmp_path / "pytorch_model.bin")
         with pytest.raises(ValueError, match="nothing in it was run"):
@@ -186,6 +189,18 @@ def test_damaged_weights_are_named(form, tmp_path):
         assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def test_full_memory_is_not_called_damage(tmp_path, monkeypatch):
+    """Fetching the file again would not help. PyTorch raises a RuntimeError on a CPU."""
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    save_model(small_gpt(), tmp_path)
+    checkpoint.save_run(tmp_path, {"step": 1})
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    for load in (lambda: load_model(str(tmp_path)), lambda: checkpoint.load_run(tmp_path)):
+        with pytest.raises(RuntimeError) as error:
+            load()
+        assert checkpoint.memory_is_full(error.value)
+
+
 def test_a_flipped_bit_is_noticed(tmp_path, monkeypatch):
     """Anywhere in pytorch_model.bin; torch.load does not look at the file's checksums."""
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -219,7 +234,7 @@ ODD = [  # of tensors that a file may hold
 ]
 
 
-@pytest.mark.filterwarnings("ignore:TypedStorage")  # of a quantised tensor
+@pytest.mark.filterwarnings("ignore")  # PyTorch calls some of these experimental
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -230,6 +245,7 @@ ODD = [  # of tensors that a file may hold
             r"h.0.mlp.c_fc.weight is \(128, 32\), but config.json means \(32, 128\)",
         ),
         (lambda w: w["transformer.ln_f.bias"].fill_(torch.nan), "ln_f.bias has values that are"),
+        (lambda w: w.update({BIAS: w[BIAS].double() + 1e300}), "ln_f.bias has values that are"),
         (lambda w: w.pop("transformer.wte.weight"), "different sizes"),
         *(
             (lambda w, odd=odd: w.update({BIAS: odd(w[BIAS])}), "ln_f.bias is no plain")

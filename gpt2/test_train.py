@@ -1,6 +1,5 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
-import json
 import os
 import re
 import resource
@@ -121,9 +120,13 @@ def test_a_signal_finishes_the_step_and_saves(name, tmp_path, base, data, whole,
     assert_same_run(out, whole)
 
 
-def test_ctrl_c_in_the_terminal(tmp_path, base, data):
-    """A real process and signal: it says how to go on and leaves no traceback."""
-    out, quiet = tmp_path / "out", ["--eval_every", 10**6, "--sample_every", 10**6]
+def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
+    """A real process and signal: it says how to go on and leaves no traceback.
+
+    The terminal cannot print the folder's é, which must not matter either.
+    """
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out, quiet = tmp_path / "é", ["--eval_every", 10**6, "--sample_every", 10**6]
     argv = flags(base, data, out, *quiet, "--save_every", 10**6, steps=10**6)
     process = start("-m", "gpt2.train", *argv)
     while not process.stdout.readline().startswith("step "):
@@ -131,8 +134,8 @@ def test_ctrl_c_in_the_terminal(tmp_path, base, data):
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     step = int(re.search(r"stopped after step (\d+), saved; go on with: ", printed)[1])
-    assert process.returncode == 130 and f"--resume --out_dir {out}" in printed and errors == ""
-    assert last_checkpoint(out)["step"] == step
+    assert process.returncode == 130 and "--resume --out_dir" in printed and errors == ""
+    assert r"\xe9" in printed and last_checkpoint(out)["step"] == step
 
 
 def test_ctrl_c_during_the_imports_is_quiet(tmp_path, monkeypatch):
@@ -175,7 +178,9 @@ def test_resume_keeps_the_settings_and_the_data(tmp_path, base, data, whole):
     """Another setting, the default included, or changed data would not resume anything."""
     assert "--lr 0.5 differs" in error_of("--resume", "--out_dir", whole, "--lr", "0.5")
     assert "--lr 1e-05 differs" in error_of("--resume", "--out_dir", whole, "--lr", "1e-5")
-    assert "--resume" in error_of(*flags(base, data, whole))  # a finished run is not overwritten
+    assert "already holds a run" in error_of(
+        *flags(base, data, whole)
+    )  # a finished run is not overwritten
     changed = tmp_path / "train.jsonl"
     changed.write_bytes((data / "train.jsonl").read_bytes())
     train.main(flags(base, data, tmp_path / "out", "--data", changed, steps=1))
@@ -285,18 +290,6 @@ def test_full_memory_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
     """On a CPU PyTorch raises a bare RuntimeError."""
     monkeypatch.setattr(train, "update", lambda *_: torch.empty(10**15))
     assert "the memory is full; lower --micro_batch" in error_of(*flags(base, data, tmp_path / "x"))
-
-
-def test_names_that_cannot_be_printed(tmp_path):
-    """A terminal without é must not end a run with a traceback, after hours."""
-    folder = tmp_path / "é"
-    folder.mkdir()
-    results = {"base": {}, "final": {}, "config": {"method": "sft", "steps": 1, "lr": 0.1}}
-    (folder / "results.json").write_text(json.dumps(results))
-    words = [sys.executable, "-m", "gpt2.train", "--report", str(folder)]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "\\xe9: sft, 1 steps" in done.stdout
 
 
 def test_processes_must_divide_the_minibatch(tmp_path, base, data, monkeypatch):

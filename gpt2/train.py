@@ -274,7 +274,8 @@ def main(argv=None):
     except FloatingPointError as e:
         end(rank, f"{e}{after_explosion(Path(args.out_dir) / 'checkpoints')}")
     except (ValueError, OSError) as e:
-        end(rank, str(e))
+        unforeseen = getattr(e, "filename", None) and f"{e.filename}: {e.strerror}; check the path"
+        end(rank, unforeseen or str(e))
     except (MemoryError, RuntimeError) as e:
         if not checkpoint.memory_is_full(e):
             raise
