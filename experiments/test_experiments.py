@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_toy
 from data import scoring, toy
 from experiments import all as all_of_them
 from experiments import (
@@ -418,6 +419,21 @@ def test_kl_to_base_is_of_whole_responses(monkeypatch):
     assert exact > 0.1 and sampled == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.parametrize("arm", ["reverse", "forward", "jsd"])
+def test_noise_is_of_the_arms_divergence(arm, quick, monkeypatch):
+    """Each arm's noise is that of the gradient by which it was trained."""
+    used, distill_loss = [], kl.distill_loss
+
+    def noted(*inputs):
+        used.append(inputs[6])
+        return distill_loss(*inputs)
+
+    monkeypatch.setattr(kl, "base", lambda seed: GPT(GPTConfig(**train_toy.MODEL | {"n_embd": 16})))
+    monkeypatch.setattr(kl, "distill_loss", noted)
+    kl.measure(0, **kl.ARMS[arm])
+    assert used == [arm] * 4  # draws, with --quick
+
+
 def test_gradient_noise_is_unbiased_with_few_draws():
     """E[variance] = sd² and E[|mean|²] - sd²/n = 1 per weight, with n = 2 draws, too."""
     n, sd = 20000, 0.5
@@ -654,7 +670,7 @@ def test_a_damaged_log_line_runs_its_arm_again(line, tmp_path, without_arms):
 
 def wait_for_ever(name):
     Path(name).write_text(str(os.getpid()))
-    time.sleep(600)
+    time.sleep(200)
 
 
 def test_a_killed_parent_leaves_no_process_behind(tmp_path):

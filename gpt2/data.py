@@ -67,8 +67,7 @@ def load_encoding(folder):
         # tiktoken caches by path. The hashes make it read a file that has changed again.
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (merges, vocab)]
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(vocab), *hashes)
-        text = vocab.read_text(encoding="utf-8")
-        eos = json.loads(text, object_pairs_hook=unique_keys)["<|endoftext|>"]
+        eos = json.loads(vocab.read_text(encoding="utf-8"))["<|endoftext|>"]
     except Exception:  # whatever a damaged file makes the reader raise
         raise ValueError(
             f"{vocab} and {merges} are damaged or not in GPT-2's format; fetch them again, or "

@@ -189,6 +189,21 @@ def test_data_flags_reach_the_reader(tmp_path, base, data):
         first(320, "--teacher_reads", "article", "--method", "sft")
 
 
+def test_every_set_is_read_from_its_flag(tmp_path, base):
+    """OOD measured on the test set would look like any other score. --test defaults to --data."""
+    enc, argv = load_encoding(base), ["--out_dir", "unused"]
+    for name in ("data", "test", "ood", "eval"):
+        row = {"prompt": f"Of {name}?\n", "demonstration": "D", "answer": "A"}
+        argv += [f"--{name}", str(write_rows(tmp_path / name, [row]))]
+    names = {"train": "data", "test": "test", "ood": "ood", "prior": "eval"}
+    for names, argv in ((names, argv), (names | {"test": "data"}, argv[:4] + argv[6:])):
+        sets = read_data(settings.parse_args("", argv)[0], enc, 320)[0]
+        read = {
+            name: [enc.decode(row["prompt_ids"]) for row in rows] for name, rows in sets.items()
+        }
+        assert read == {name: [f"Of {flag}?\n"] for name, flag in names.items()}
+
+
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
 def test_the_teacher_follows_its_flag(name, alpha, tmp_path, base, data):
     """φ = α θ + (1 - α) φ after one step. The base, which KL is measured to, does not move."""
