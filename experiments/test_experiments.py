@@ -334,14 +334,15 @@ def test_the_gap_is_sdft_minus_sft(quick, monkeypatch):
     """The sign of the gap, and which accuracy stands under which name."""
 
     def only_sdft_learns(student, seed, settings):
-        return taught(student, settings=settings is settings_of["sdft"])
+        return sdft if settings is settings_of["sdft"] else student
 
+    sdft = LookUp(of_skill("X"), of_skill("A"), of_skill("B"))
     settings_of = scaling.ARMS["width 16"]
     monkeypatch.setattr(scaling, "base", lambda *a: LookUp(of_skill("A")))
     monkeypatch.setattr(scaling, "train_on_skill", only_sdft_learns)
     metrics = scaling.measure(0, **settings_of)
     assert (metrics["sdft"], metrics["sft"], metrics["base"], metrics["gap"]) == (1, 0, 0, 1)
-    assert metrics["prior gap"] == 0 and metrics["prior sft"] == metrics["prior base"] == 1 / 8
+    assert metrics["prior gap"] == metrics["prior sft"] == metrics["prior base"] == 1 / 8
 
 
 @pytest.mark.parametrize("collapsed", [True, False])
@@ -459,7 +460,7 @@ def test_sampled_token_has_the_kls_gradient(monkeypatch):
     )
     average = 0
     for token, p in enumerate(logits.softmax(-1)[0, 0].tolist()):
-        drawn = torch.tensor([[token]]), torch.tensor([[True]])
+        drawn = torch.tensor([[token, 3]]), torch.tensor([[True, False]])  # 3 is padding
         monkeypatch.setattr(kl, "rollout", lambda *a, **kw: drawn)
         loss = kl.sampled_token_loss(student, teacher_model, batch, None)
         average = average + p * gradient(loss, student)

@@ -29,6 +29,10 @@ def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
 # --- Other files ----------------------------------------------------------------------------------
 
 
@@ -103,9 +107,12 @@ def test_resuming_a_finished_run_repeats_no_line(tmp_path, finished, monkeypatch
     """Nor of a run that was killed between its last evaluation and results.json."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
+    changed = {"config": {"resume": True, "out_dir": str(out)}}
     for _ in range(2):
         resume(out)
         assert metrics(out) == metrics(finished)
+        for name in ("base", "final", "config"):
+            assert results(out)[name] == results(finished)[name] | changed.get(name, {})
     (out / "results.json").unlink()
 
     class Killed(BaseException):
@@ -187,5 +194,4 @@ def test_data_may_come_from_a_pipe(tmp_path, base, data):
     train.main(flags(base, data, tmp_path / "out", "--data", pipe, steps=1))
     threading.Thread(target=pipe.write_bytes, args=[rows + b"\n"], daemon=True).start()
     assert "pipe has changed" in error_of("--resume", "--out_dir", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
-    assert config["data"] == str(pipe)
+    assert results(tmp_path / "out")["config"]["data"] == str(pipe)
