@@ -63,9 +63,9 @@ def fine_tune(student, data, step, lr, steps, batch_size=64, seed=0, on_step=Non
     optimizer = adamw(student, lr, weight_decay=0.0)
     rng = np.random.default_rng([seed, 2])
     generator = torch.Generator(student.wte.weight.device).manual_seed(seed)
-    n = len(data["prompts"])
     for i in range(steps):
         set_learning_rate(optimizer, lr, i, steps)
+        n = len(data["prompts"])
         rows = rng.choice(n, min(batch_size, n), replace=False)
         batch = {key: values[rows] for key, values in data.items()}
         loss = step(student, teacher, optimizer, batch, generator, **settings)
@@ -280,10 +280,10 @@ def save(model, path):
 
 def load_base(path, device):
     """The base in a file that an earlier run has written."""
-    model = GPT(GPTConfig(**MODEL))
     try:
-        assert zipfile.ZipFile(path).testzip() is None  # torch.load ignores the file's checksums
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load ignores the file's checksums
+        model, state = GPT(GPTConfig(**MODEL)), torch.load(path, "cpu", weights_only=True)
+        model.load_state_dict({} if damaged else state)
     except Exception:  # a damaged file makes the readers raise almost anything
         raise ValueError(f"--base {path} is missing or no base; leave it out to pretrain") from None
     return model.to(device)
@@ -324,7 +324,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {e.filename}: {e.strerror}; choose another --out_dir")
     except (ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
-    except (RuntimeError, AssertionError) as e:  # what a missing backend raises
+    except (RuntimeError, AssertionError) as e:  # a missing backend
         sys.exit(f"error: {str(e).splitlines()[0]}; try --device cpu")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; if base.pt is there, --base reuses it")

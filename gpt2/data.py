@@ -75,7 +75,8 @@ def load_encoding(folder):
         ) from None
     if type(eos) is not int or eos != len(ranks):
         raise ValueError(
-            f"{vocab}: the number of <|endoftext|> must be the last one, {len(ranks)}; fetch it again"
+            f"{vocab}: the number of <|endoftext|> must be the last one, {len(ranks)}; fetch it "
+            "again"
         )
     special = {"<|endoftext|>": eos}
     return tiktoken.Encoding(
@@ -202,7 +203,7 @@ class RowReader:
         self.enough = longest * (self.block_size + 1)  # characters: more tokens than fit
 
     def encode(self, text):
-        """Token ids. What cannot fit is cut off, and still too long: tiktoken dies of much of it."""
+        """Token ids. What cannot fit is cut off, but still too long: tiktoken panics at it."""
         return self.enc.encode_ordinary(text[: self.enough])
 
     def training(self, row):

@@ -187,7 +187,8 @@ def main(argv=None):
             shutil.rmtree(d)
             shutil.copytree(good, d)
             kind, r = [*KINDS][case % len(KINDS)], random.Random(f"{args.seed} {case}")
-            code, wrong = run(*KINDS[kind](d, r))
+            with contextlib.chdir(d):  # since --out_dir may be anything
+                code, wrong = run(*KINDS[kind](d, r))
             codes[kind]["traceback" if code is None else code] += 1
             bad += [f"case {case}, {kind}: {wrong}"] if wrong else []
     print("| what is damaged | cases | exit code: cases |\n|---|---:|---|")
