@@ -11,7 +11,7 @@ response y, both roles score y, and the student is pulled towards the teacher at
 expert's tokens are never a target: c acts only through what the teacher makes of it.
 
     prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
-    completions  (B, C)       the student's responses; after its end a row is filled up
+    completions  (B, C)       the student's responses, padded with eos_id after the end
     mask         (B, C)       True for completion tokens up to and including the first end token
     logits       (B, C, V)    position t predicts completion token t
 """
@@ -55,7 +55,7 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
     """Sample one response per prompt: completions (B, C) and mask (B, C). Alg. 1, line 7.
 
     A row ends with its first eos_id, which is part of the response; the rest of it is filled with
-    eos_id and masked. Temperature 0 is greedy. Asks a model for `kv_cache`, `hidden`, `lm_head`.
+    eos_id and masked. Temperature 0 is greedy. The model provides `kv_cache`, `hidden`, `lm_head`.
     Raises ValueError if prompt and response do not fit, FloatingPointError if logits explode.
     """
     if max_new_tokens < 1 or not (temperature == 0 or temperature >= 0.01):
@@ -90,10 +90,10 @@ def completion_logits(model, prompts, completions):
     """Logits (B, C, V) of the completions (B, C) after their prompts. Alg. 1, lines 10 and 11.
 
     The two roles' prompts differ in length. Padded on the left, all end in the same column, and
-    column t of the result predicts completion token t in either role (. is padding):
+    column t of the result predicts completion token t (. padding, r the template's request):
 
-        student  . . x x x | y1 y2 y3        teacher  x x x c c c x | y1 y2 y3
-        student  . x x x x | y1 y2 y3        teacher  . x x x c c x | y1 y2 y3
+        student  . . x x x | y1 y2 y3        teacher  x x x c c c r | y1 y2 y3
+        student  . x x x x | y1 y2 y3        teacher  . x x x c c r | y1 y2 y3
                          ^   ^  ^                                 ^   ^  ^
                    the columns whose logits predict y1, y2 and y3
     """
@@ -132,10 +132,10 @@ def sdft_loss(student_logits, teacher_logits, mask, divergence="reverse"):
     The logits (B, C, V) are finite and of the same completions; only the student's carry a
     gradient. The mask (B, C) is 1 for the tokens that count; a row without any counts as 0.
 
-    This is the analytic per-token estimator (Eq. (2), App. A.1): at every token of the response a
-    sum over the whole vocabulary. It takes the response as given. So its variance is low, and it is
-    biased for the sequence-level KL of Eq. (1): that a token changes what is said after it is left
-    out. Mean over a row's tokens, then over rows; the 1/|y| is the released code's.
+    This is the analytic per-token estimator (Eq. (2), App. A.1): at every token the divergence is
+    summed over the whole vocabulary, and the sampled response is treated as fixed. The gradient has
+    low variance, but is biased for that of the sequence-level KL, Eq. (1): it ignores how a token
+    affects the tokens after it. Mean over a row's tokens (the released code's 1/|y|), then rows.
     """
     shapes = tuple(student_logits.shape), tuple(teacher_logits.shape), tuple(mask.shape)
     if mask.dim() != 2 or shapes[0] != shapes[1] or shapes[0][:-1] != shapes[2]:
@@ -166,7 +166,7 @@ def sft_loss(logits, tokens, mask):
 def implicit_reward(student_logits, teacher_logits, completions):
     """r_t = log π_T(y_t) - log π_S(y_t), (B, C), in nats: SDFT's implicit reward, Eqs. (3)-(6).
 
-    REINFORCE on it has the gradient of the reverse KL: SDFT is on-policy RL without a reward model.
+    REINFORCE on its sum over a response descends Eq. (1): on-policy RL without a reward model.
     """
     log_ratio = teacher_logits.log_softmax(-1) - student_logits.log_softmax(-1)  # (B, C, V)
     return log_ratio.gather(2, completions[:, :, None])[:, :, 0]

@@ -224,7 +224,7 @@ def test_reinforce_on_implicit_reward_descends_eq_1(n):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_analytic_gradient_is_eq_2_and_biased(n):
-    """That a token changes what follows is left out: ∇ Eq. (1) for responses of one token only."""
+    """A token's effect on later ones is ignored: ∇ Eq. (1) for responses of one token only."""
     eq_1, eq_2, _, analytic = gradients(n)
     assert_close(analytic, eq_2)
     assert torch.allclose(analytic, eq_1, rtol=0.01, atol=1e-6) == (n == 1)

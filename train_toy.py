@@ -2,7 +2,7 @@
 
     python train_toy.py                              # from nothing, on a laptop, in minutes
     python train_toy.py --base out/toy/base.pt       # again, without the pretraining
-    python train_toy.py --sft_style own --sft_lr 3e-4 --sft_steps 60    # a control
+    python train_toy.py --sft_style own --sft_lr 1e-4 --sft_steps 60    # a control
 
 A base is pretrained in the world of data/toy.py (see data/README.md). Then it learns the skills X,
 Y and Z one after the other. SFT and SDFT get the same prompts and the same expert demonstrations.
@@ -324,7 +324,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {e.filename}: {e.strerror}; choose another --out_dir")
     except (ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
-    except (RuntimeError, AssertionError) as e:  # a missing backend
-        sys.exit(f"error: {str(e).splitlines()[0]}; try --device cpu")
+    except (RuntimeError, AssertionError) as e:  # e.g. a device that this machine does not have
+        sys.exit(f"error: {str(e).splitlines()[0]}; if --device is not cpu, try that")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; if base.pt is there, --base reuses it")

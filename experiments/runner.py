@@ -70,11 +70,13 @@ def parse_args(doc, argv=None, more=None):
         pass
 
     p = argparse.ArgumentParser(description=doc, formatter_class=Help)
-    p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ... (README: 5)")
+    p.add_argument(
+        "--seeds", type=int, default=1, help="run seeds 0, 1, ... (README.md: 5; real_model 3)"
+    )
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, a thread each")
     out_dir = Path("out/experiments")
     p.add_argument("--out_dir", type=Path, default=out_dir, help="for bases, logs and results")
-    p.add_argument("--quick", action="store_true", help="a few updates: does everything run?")
+    p.add_argument("--quick", action="store_true", help="few updates, to see that it runs")
     p.set_defaults(threads=1)  # so that results do not depend on the number of cores
     if more:
         more(p)

@@ -1,7 +1,7 @@
 """Finished runs of train_toy.py over several seeds as one table and one figure.
 
-    for seed in 0 1 2 3 4 5 6 7 8 9; do python train_toy.py --seed $seed --out_dir out/$seed; done
-    python -m experiments.seeds out/?                  # --figure FILE draws it
+    for seed in 0 1 2 3 4; do python train_toy.py --seed $seed --out_dir out/$seed; done
+    python -m experiments.seeds out/[0-4]              # --figure FILE draws it
 
 Greedy accuracy on unseen inputs, mean ± standard deviation over the runs, and the worst run. "own"
 is a skill right after its own stage. "kept" is the paper's unit (Fig. 3) after the last stage: 0 is
@@ -66,6 +66,7 @@ def table(runs):
     by_arm = {arm: accuracies(runs, arm) for arm in ("sft", "sdft")}
     own = {arm: np.stack([a[:, i + 1, i] for i in range(3)], 1) for arm, a in by_arm.items()}
     base, best = by_arm["sft"][:, 0, :3], np.maximum(own["sft"], own["sdft"])  # (runs, 3)
+    gain = np.where(best > base, best - base, np.nan)  # undefined if nothing was learned
     lines = ["| | " + " | ".join(["base", "SFT", "SDFT", "worst SFT", "worst SDFT"]) + " |"]
     lines.append("|---" + "|---:" * 5 + "|")
     for i, c in enumerate(COLUMNS):
@@ -73,12 +74,13 @@ def table(runs):
         if c != "prior":
             rows = {f"{c}, own": [own[arm][:, i] for arm in own]} | rows
             rows[f"{c} kept"] = [
-                (by_arm[arm][:, -1, i] - base[:, i]) / (best[:, i] - base[:, i]) for arm in by_arm
+                (by_arm[arm][:, -1, i] - base[:, i]) / gain[:, i] for arm in by_arm
             ]
         for name, values in rows.items():
             of_base = "" if "kept" in name else runner.mean_and_spread(by_arm["sft"][:, 0, i])
             cells = [of_base, *map(runner.mean_and_spread, values)]
             cells += [f"{v.min():.2f}" for v in values]
+            cells = [cell.replace("nan ± nan", "–").replace("nan", "–") for cell in cells]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -340,7 +340,7 @@ ENDINGS = [
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
     ("--out_dir=LICENSE/x", "error: LICENSE/x: Not a directory; choose another --out_dir"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),
-    (RuntimeError("no kernel\nat line 3"), "error: no kernel; try --device cpu"),
+    (RuntimeError("no kernel\nat line 3"), "error: no kernel; if --device is not cpu, try that"),
     (KeyboardInterrupt(), "interrupted"),
 ]
 
