@@ -106,7 +106,7 @@ def token_divergence(student_logits, teacher_logits, divergence="reverse"):
     """Divergence of the next-token distributions, (..., V) to (...), in nats, in float32 or better.
 
     reverse  KL(student ‖ teacher), Eqs. (1) and (2)
-    forward  KL(teacher ‖ student), behind all results (v2, Sec. 3; official repository, issue 5)
+    forward  KL(teacher ‖ student), of all its results (v2, Sec. 3; official repository, issue 5)
     jsd      Jensen-Shannon: the mean of both roles' KL to their mixture
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
