@@ -30,8 +30,7 @@ from data import toy
 from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, rollout, sft_loss, train_step
 
-MODEL = dict(block_size=16, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
-MAX_NEW_TOKENS = 5  # one more than the longest answer, to detect a missing end token
+MODEL = dict(block_size=32, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
 TEACHER_GATE = 0.9  # a teacher below this accuracy has nothing to distil
 
 
@@ -49,8 +48,13 @@ def sft_step(student, teacher, optimizer, batch, generator):
 def sdft_step(student, teacher, optimizer, batch, generator, **settings):
     """One SDFT update, on-policy: Algorithm 1. Returns the loss."""
     contexts = batch["prompts"], batch["teacher_prompts"]  # Ctx_S(x) and Ctx_T(x, c)
-    settings |= dict(max_new_tokens=MAX_NEW_TOKENS, eos_id=toy.EOS, generator=generator)
+    settings |= dict(max_new_tokens=limit(batch["answers"]), eos_id=toy.EOS, generator=generator)
     return train_step(student, teacher, optimizer, *contexts, **settings)[0]
+
+
+def limit(answers):
+    """A response's most tokens: one more than the answers (n, A), to see a missing end token."""
+    return answers.shape[1] + 1
 
 
 def fine_tune(student, data, step, lr, steps, batch_size=64, seed=0, on_step=None, **settings):
@@ -114,7 +118,7 @@ def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0, is_correct
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     rows = np.concatenate([data[prompts] for data in sets.values()])
     answers = np.concatenate([data["answers"] for data in sets.values()])
-    y, mask = rollout(model, rows, MAX_NEW_TOKENS, toy.EOS, temperature, generator)
+    y, mask = rollout(model, rows, limit(answers), toy.EOS, temperature, generator)
     ends = np.cumsum([len(data[prompts]) for data in sets.values()])[:-1]
     scores = is_correct(y.cpu().numpy(), answers), mask.sum(1).cpu().numpy()  # (rows,) each
     return tuple({k: float(v.mean()) for k, v in zip(sets, np.split(s, ends))} for s in scores)
@@ -241,7 +245,8 @@ def print_examples(models, test, skills="XYZAB", row=1):
     for skill in skills:
         data = {key: values[row : row + 1] for key, values in test[skill].items()}
         asked = [(m, "prompts") for m in models.values()] + [(models["base"], "teacher_prompts")]
-        answers = [rollout(m, data[key], MAX_NEW_TOKENS, toy.EOS, 0)[0][0] for m, key in asked]
+        most = limit(data["answers"])
+        answers = [rollout(m, data[key], most, toy.EOS, 0)[0][0] for m, key in asked]
         shown = [toy.decode(data[k][0]) for k in ("prompts", "demonstrations", "answers")]
         print("{:10}{:15}{:8}".format(*shown) + "".join(f"{toy.decode(a):7}" for a in answers))
 

@@ -1,32 +1,30 @@
-"""A world of small arithmetic: a skill is known, taken for another one, or cannot be known.
+"""Worlds of small arithmetic: a skill is known, taken for another one, or cannot be known.
 
 numpy only; every line is made anew from a seed. A token is a character. data/README.md has an
 example of every kind of line.
 
-A prompt names an operation and gives a few digits: `?X425=`. The answer folds the operation's
-10 x 10 table over the digits from the left and writes every intermediate result, then the end
-token: `88.`, since X(4, 2) = 8 and X(8, 5) = 8.
+A prompt names an operation and gives N digits: `?X425=`. The answer folds the operation's 10 x 10
+table over the digits from the left and writes every intermediate result, then the end token:
+`88.`, since X(4, 2) = 8 and X(8, 5) = 8.
 
   A ... H  prior skills, known: the benchmark that fine-tuning must not damage.
-  X, Y, Z  new skills. What pretraining makes of them is the difference between two worlds:
-           rivals       a prompt's whole answer follows either the skill's own table, the correct
-                        one, or the table of one prior skill, its rival. The own table is likelier
-                        if the first digit is 0 to 3, the rival if it is 4 to 9, so that the base's
-                        greedy answer is correct on about four inputs of ten (train_toy.py).
-           half known   an answer follows the own table 60% of the time, otherwise a random one, so
-                        that the greedy answer is correct already (experiments/).
-  M ... W  unknown names: a fresh random table each time. Only a demonstration can tell, so they
-           teach in-context learning.
+  X, Y, Z  new skills, and M ... Q. In pretraining a prompt's whole answer follows either the
+           skill's own table, the correct one, or the table of one prior skill, its rival. The own
+           table is likelier if the first digit is 0 to 3, the rival if it is 4 to 9, so that the
+           base's greedy answer is correct on about four inputs of ten.
+  R ... V  the same, but each with a share of own answers from 0 to .6, whatever the digits.
+  W        an unknown name: a fresh random table each time. Only a demonstration can tell, so it
+           teaches in-context learning.
 
 Two styles carry the same content. The model's own answers are digits, an expert's demonstrations
 are letters, a-j for 0-9. The teacher's prompt `?X425!ii.=` holds a demonstration, and its answer is
 in the model's own style again: `88.`. An answer-only demonstration, `i.`, omits the reasoning.
 
-A third world holds facts: each of 100 entities, named by two letters, has two digits as
-attributes. `?Acj=` asks for the attributes of cj and their sum, `?Bcj=` for the attributes and
+Another world holds facts: each of 100 entities, named by two letters, has two digits as
+attributes. `?cjA=` asks for the attributes of cj and their sum, `?cjB=` for the attributes and
 their difference: `471.` and `477.`.
 
-Shapes: n rows of token ids, N = 3 digits, R = N - 1 results.
+Shapes: n rows of token ids, N digits, R = N - 1 results.
 """
 
 import math
@@ -43,14 +41,19 @@ PRIOR = {
     "G": lambda a, b: 3 * a + b,
     "H": lambda a, b: np.where(b % 2 == 1, 9 - a, a),
 }
-NEW = {"X": 2, "Y": 3, "Z": 5}  # the table is made of the decimals of this number's square root
-RIVALS = {"X": "A", "Y": "C", "Z": "F"}  # the prior skill that a new one is taken for
-P_OWN = (0.8, 0.25)  # how often a new skill follows its own table: first digit 0 to 3, or 4 to 9
-P_HALF_KNOWN = 0.6  # the same in the half-known world
+# Of every other name, a number whose square root's decimals are its table, and the prior skill
+# that it is taken for.
+PRIMES = dict(zip("XYZMNOPQRSTUVW", (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)))
+RIVALS = dict(zip("XYZMNOPQRSTUVW", "ACFBDEGHACFBDE"))
+NAMES = [*PRIOR, *PRIMES]
+NEW = "XYZ"  # train_toy.py's new skills
 KNOWN = [*PRIOR, *NEW]
-UNKNOWN = "MNOPQRSTUVW"
+P_OWN = (0.8, 0.25)  # how often a skill of HALF follows its own table: first digit 0 to 3, 4 to 9
+HALF = "XYZMNOPQ"
+COLD = {"R": 0.0, "S": 0.03, "T": 0.1, "U": 0.3, "V": 0.6}  # how often one of these does
+STYLES = (0.80, 0.14, 0.06)  # batches without a demonstration, with a full one, with a bare answer
 
-VOCAB = "0123456789" + "abcdefghij" + ".?!=" + "".join(KNOWN) + UNKNOWN
+VOCAB = "0123456789" + "abcdefghij" + ".?!=" + "".join(NAMES)
 EOS = VOCAB.index(".")
 LETTERS = 10  # digit d is token d, the expert's letter for it is token LETTERS + d
 N_DIGITS = 3
@@ -65,12 +68,11 @@ def decimals(n):
 
 
 _a, _b = np.mgrid[:10, :10]
-TABLES = np.stack(  # (11, 10, 10), in the order of KNOWN
-    [operation(_a, _b) % 10 for operation in PRIOR.values()] + [decimals(n) for n in NEW.values()]
+TABLES = np.stack(  # (22, 10, 10), in the order of NAMES
+    [operation(_a, _b) % 10 for operation in PRIOR.values()]
+    + [decimals(n) for n in PRIMES.values()]
 )
-RIVAL = np.array(  # (22,), the place of every operation's rival; most are their own
-    [(KNOWN + [*UNKNOWN]).index(RIVALS.get(name, name)) for name in KNOWN + [*UNKNOWN]]
-)
+RIVAL = np.array([NAMES.index(RIVALS.get(name, name)) for name in NAMES])  # (22,)
 
 
 def encode(text):
@@ -126,79 +128,64 @@ def is_correct(completions, answers):
     """
     width = max(completions.shape[1], answers.shape[1])
     pad = lambda x: np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=EOS)
-    return (_content(pad(completions)) == _content(pad(answers))).all(1)
+    return (content(pad(completions)) == content(pad(answers))).all(1)
 
 
 def is_last_correct(completions, answers):
     """Which completions end, and have the correct result just before the end: (n,)."""
     last = lambda x: np.take_along_axis(x, (x != EOS).sum(1, keepdims=True) - 1, 1)[:, 0]
-    return (_content(last(completions)) == last(answers)) & (completions[:, -1] == EOS)
+    return (content(last(completions)) == last(answers)) & (completions[:, -1] == EOS)
 
 
-def _content(tokens):
+def content(tokens):
     """The tokens with digits in place of letters."""
     is_letter = (tokens >= LETTERS) & (tokens < 2 * LETTERS)
     return np.where(is_letter, tokens - LETTERS, tokens)
 
 
-def rivals_batch(rng, n, seed=0):
-    """n lines of pretraining in the world of rivals: prompts (n, P), own-style answers (n, R + 1).
+def cold_skills(seed):
+    """{name: share of own answers}. Levels go round with the seed, so none has a table of its own."""
+    levels = [*COLD.values()]
+    return {name: levels[(i + seed) % len(levels)] for i, name in enumerate(COLD)}
 
-    All lines of a batch have a demonstration, or none has one.
+
+def rivals_batch(rng, n, seed=0, new=None, n_digits=N_DIGITS, styles=STYLES):
+    """n lines of pretraining: prompts (n, P) and own-style answers (n, R + 1).
+
+    `new` has the new skills and how often each follows its own table, by default those of HALF and
+    COLD; `styles` the shares of batches by the demonstrations in their prompts. Whoever gives a
+    bare answer is right, so that with one the own table is followed always.
     """
-    style, kind, index = _operations(rng, n, shares=(0.45, 0.51, 0.04))
-    digits = rng.integers(10, size=(n, N_DIGITS))
-    p_own = np.where(digits[:, 0] < 4, *P_OWN)
-    table = np.where(rng.random(n) < p_own, index, RIVAL[index])
-    return _lines(rng, style, index, table, kind == 2, digits)
-
-
-def half_known_batch(rng, n, seed=0):
-    """The same in the world of half-known skills."""
-    style, kind, index = _operations(rng, n, shares=(0.55, 0.37, 0.08))
-    is_guess = (kind == 2) | (kind == 1) & (rng.random(n) >= P_HALF_KNOWN)
-    return _lines(rng, style, index, index, is_guess)
-
-
-def _operations(rng, n, shares):
-    """Demonstrations' style or None, kind (n,), place in the alphabet of operations (n,).
-
-    `shares` of prior (kind 0), new (1) and unknown operations (2) if there is no demonstration.
-    """
-    style = rng.choice([None, "expert", "short"], p=[0.80, 0.14, 0.06])
-    kind = rng.choice(3, n, p=(0.40, 0.30, 0.30) if style else shares)
-    prior = rng.integers(len(PRIOR), size=n)
-    new = len(PRIOR) + rng.integers(len(NEW), size=n)
-    unknown = len(KNOWN) + rng.integers(len(UNKNOWN), size=n)
-    return style, kind, np.choose(kind, [prior, new, unknown])
-
-
-def _lines(rng, style, index, table, is_random, digits=None):
-    """Prompts and answers of the operations at `index` (n,), computed by rows of TABLES (n,).
-
-    Where is_random (n,), a fresh random table takes the place of that row.
-    """
-    tables = TABLES[np.where(is_random, 0, table)]  # (n, 10, 10)
-    tables[is_random] = rng.integers(10, size=(is_random.sum(), 10, 10))
-    if digits is None:
-        digits = rng.integers(10, size=(len(index), N_DIGITS))
+    if new is None:
+        new = dict.fromkeys(HALF, P_OWN) | {name: (p, p) for name, p in cold_skills(seed).items()}
+    style = rng.choice([None, "expert", "short"], p=styles)
+    kind = rng.choice(3, n, p=(0.40, 0.30, 0.30) if style else (0.45, 0.51, 0.04))
+    names = [PRIOR, new, [k for k in PRIMES if k not in new]]  # kind 2 are the unknown ones
+    choices = [rng.choice([NAMES.index(k) for k in group], n) for group in names]
+    index = np.choose(kind, choices)  # (n,)
+    digits = rng.integers(10, size=(n, n_digits))
+    p_own = np.array([new.get(name, (1, 1)) for name in NAMES])[index, (digits[:, 0] >= 4) * 1]
+    own = (style == "short") | (rng.random(n) < p_own)
+    tables = TABLES[np.where(own, index, RIVAL[index])]  # (n, 10, 10)
+    tables[kind == 2] = rng.integers(10, size=((kind == 2).sum(), 10, 10))
     results, names = solve(tables, digits), VOCAB.index("A") + index
     if style:
         return teacher_context(names, digits, answers(results, style)), answers(results)
     return student_context(names, digits), answers(results)
 
 
-def skill(name, split, seed=0, style="expert"):
+def skill(name, split, seed=0, style="expert", n_digits=N_DIGITS):
     """One skill's data, rows of tokens under four keys:
 
     prompts (n, N + 3), teacher_prompts, demonstrations in this style, answers (n, R + 1).
-    The 1,000 possible inputs are shuffled by the seed and cut into 400 for training ("train"), 200
-    for validation ("val") and 400 for the test ("test").
+    1,000 inputs, for three digits all there are, are drawn by the seed and cut into 400 for
+    training ("train"), 200 for validation ("val") and 400 for the test ("test").
     """
     first, last = {"train": (0, 400), "val": (400, 600), "test": (600, 1000)}[split]
-    index = KNOWN.index(name)
-    inputs = np.random.default_rng([seed, index]).permutation(10**N_DIGITS)[first:last]
-    digits = inputs[:, None] // 10 ** np.arange(N_DIGITS)[::-1] % 10  # (n, N)
+    index = NAMES.index(name)
+    rng = np.random.default_rng([seed, index])
+    inputs = rng.choice(10**n_digits, 1000, replace=False)[first:last]
+    digits = inputs[:, None] // 10 ** np.arange(n_digits)[::-1] % 10  # (n, N)
     results = solve(np.broadcast_to(TABLES[index], (len(digits), 10, 10)), digits)  # (n, R)
     names, demonstrations = np.full(len(digits), VOCAB.index(name)), answers(results, style)
     return {
@@ -224,11 +211,11 @@ def _questions(question, entities, attributes):
     """Prompts (n, 5) and results (n, 3) for "A" or "B" (n,), entities (n,), attributes (n, 2)."""
     operation = TABLES[question - VOCAB.index("A"), attributes[:, 0], attributes[:, 1]]
     name = LETTERS + np.stack([entities // 10, entities % 10], 1)
-    return _columns("?", question, name, "="), np.column_stack([attributes, operation])
+    return _columns("?", name, question, "="), np.column_stack([attributes, operation])
 
 
 def _with_text(prompts, results, reads):
-    """The question with a text: `?Acj!eh.=` an article, `?Acj!b.=` an answer, `?Acj!ehb.=` both."""
+    """The question with a text: `?cjA!eh.=` an article, `?cjA!b.=` an answer, `?cjA!ehb.=` both."""
     text = {"article": results[:, :-1], "answer": results[:, -1:], "both": results}[reads]
     return _columns(prompts[:, :-1], "!", answers(text, "expert"), "=")
 

@@ -11,15 +11,21 @@ import time
 from experiments import runner
 
 NAMES = [
-    "sequential",
+    "teacher",
     "pareto",
+    "sequential",
+    "demonstrations",
     "knowledge",
     "context",
     "reasoning",
-    "teacher",
-    "teacher_weights",
-    "kl",
+    "controls",
+    "cold_start",
     "on_policy",
+    "kl",
+    "estimators",
+    "teacher_weights",
+    "many_stages",
+    "mismatch",
     "scaling",
     "pass_at_k",
 ]

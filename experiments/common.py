@@ -1,8 +1,8 @@
-"""What the experiments share: bases, training and metrics.
+"""What the experiments share: worlds and bases, training and metrics.
 
-Accuracies are those of responses sampled at temperature 1 on unseen inputs, unless a metric says
-greedy: a greedy answer is correct as soon as it is the likeliest, which a half-known skill's
-already is in the base. "prior" is the mean over the eight prior skills.
+Accuracies are those of greedy answers to unseen inputs, as in the paper; "sampled" are those of
+responses at temperature 1. "new" is the skill that is learned, "prior" the mean over the eight
+prior skills.
 """
 
 import argparse
@@ -20,38 +20,50 @@ import model as model_file
 import train_toy
 from data import toy
 from sdft import clip_and_step, distill_loss, ema_update, rollout
-from train_toy import MAX_NEW_TOKENS, evaluate, fine_tune, pretrain, write_whole
+from train_toy import evaluate, fine_tune, limit, pretrain, write_whole
 
-PRETRAIN_STEPS = {"skills": 3200, "facts": 2800}
-BATCHES = {"skills": toy.half_known_batch, "facts": toy.facts_batch}
+BATCH_SIZE = 32
+PRETRAIN_STEPS = {"skills": 2600, "long": 2200, "facts": 2800}
+LONG = 5  # digits of a prompt in the world "long"
 # Of this process: the command line's options, which runner.py fills in.
 options = argparse.Namespace(out_dir=Path("out/experiments"), quick=False)
 
 
-# --- Bases ---------------------------------------------------------------------------------------
+# --- Worlds and bases ----------------------------------------------------------------------------
 
 
-def base(seed, world="skills", n_embd=train_toy.MODEL["n_embd"]):
+def world_batch(world):
+    """The lines of a world's pretraining, as a function of (rng, n, seed)."""
+    if world == "long":
+        # More bare answers than in the toy's world: they are harder to use for longer chains.
+        more = dict(new={"X": toy.P_OWN}, n_digits=LONG, styles=(0.66, 0.12, 0.22))
+        return lambda rng, n, seed: toy.rivals_batch(rng, n, seed, **more)
+    return {"skills": toy.rivals_batch, "facts": toy.facts_batch}[world]
+
+
+def base(seed, world="skills", n_layer=2, n_embd=128):
     """The pretrained base of a seed, from its file or made now."""
     steps = 5 if options.quick else PRETRAIN_STEPS[world]
-    config = base_config(seed, steps, world, n_embd)
-    path = options.out_dir / "bases" / f"{world}-{n_embd}-seed{seed}.pt"
+    sizes = dict(n_layer=n_layer, n_embd=n_embd)
+    config = base_config(seed, steps, world, sizes)
+    path = options.out_dir / "bases" / f"{world}-{n_layer}x{n_embd}-seed{seed}.pt"
     student = load_base(path, config)
     if student is None:
-        print(f"pretraining a base: {world}, width {n_embd}, seed {seed}", flush=True)
-        student = pretrain(BATCHES[world], seed, steps, torch.device("cpu"), n_embd=n_embd)
+        print(f"pretraining a base: {path.stem}", flush=True)
+        student = pretrain(world_batch(world), seed, steps, torch.device("cpu"), **sizes)
         saved = {"config": config, "model": student.state_dict()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda tmp: torch.save(saved, tmp))
     return student
 
 
-def base_config(seed, steps, world, n_embd):
+def base_config(seed, steps, world, sizes):
     """What a base is made from: its settings, and the code of world, model and pretraining."""
-    made_by = [toy, model_file, pretrain, train_toy.adamw, train_toy.set_learning_rate]
+    made_by = [toy, model_file, world_batch, pretrain]
+    made_by += [train_toy.adamw, train_toy.set_learning_rate]
     code = fingerprint(*map(inspect.getsource, made_by))
-    sizes = train_toy.MODEL | {"n_embd": n_embd}
-    return sizes | {"world": world, "seed": seed, "steps": steps, "code": code}
+    more = {"world": world, "digits": LONG, "seed": seed, "steps": steps, "code": code}
+    return train_toy.MODEL | sizes | more
 
 
 def load_base(path, config):
@@ -89,51 +101,58 @@ def first_rows(data, n):
     return {key: values[:n] for key, values in data.items()}
 
 
-def skill(name, split, seed, style="expert", n=400):
+def skill(name, split, seed, style="expert", n=400, world="skills"):
     """The first n rows of a skill's data."""
-    return first_rows(toy.skill(name, split, seed, style), min(n, 10) if options.quick else n)
+    n_digits = LONG if world == "long" else toy.N_DIGITS
+    n = min(n, 10) if options.quick else n
+    return first_rows(toy.skill(name, split, seed, style, n_digits), n)
 
 
-def train(student, data, seed, step, lr, steps, style="expert", **settings):
+def train(student, data, seed, step, lr, steps, style="expert", on_step=None, **settings):
     """`fine_tune` a copy of the student: the copy and its teacher. `style` is in the data."""
     student = copy.deepcopy(student)
     steps = min(steps, 3) if options.quick else steps
-    teacher = fine_tune(student, data, step, lr, steps, seed=seed, **settings)
+    teacher = fine_tune(student, data, step, lr, steps, BATCH_SIZE, seed, on_step, **settings)
     return student, teacher
 
 
-def train_on_skill(student, seed, settings, name="X"):
+def train_on_skill(student, seed, settings, name="X", world="skills", **more):
     """A copy of the student, taught one skill; without settings the student itself.
 
     The demonstrations are in the settings' style.
     """
     if not settings:
         return student
-    data = skill(name, "train", seed, settings.get("style", "expert"))
-    return train(student, data, seed, **settings)[0]
+    data = skill(name, "train", seed, settings.get("style", "expert"), world=world)
+    return train(student, data, seed, **settings, **more)[0]
 
 
 def train_to_match(other, student, seed, settings, name="X", every=5):
     """`train_on_skill`, stopped when the student is as accurate as `other` is.
 
     Both are measured on validation inputs, the student after every few updates. Returns the
-    student and its number of updates.
+    student, its number of updates, and whether it got there.
     """
     validation_inputs = {name: skill(name, "val", seed)}
-    target = evaluate(other, validation_inputs, temperature=1.0)[0][name]
-    student, done = copy.deepcopy(student), 0
+    target = evaluate(other, validation_inputs)[0][name]
+    student, done, matched = copy.deepcopy(student), 0, False
 
     def stop_if_matched(loss):
-        nonlocal done
+        nonlocal done, matched
         done += 1
-        if done % every:
-            return False
-        return evaluate(student, validation_inputs, temperature=1.0)[0][name] >= target
+        if done % every == 0:
+            matched = evaluate(student, validation_inputs)[0][name] >= target
+        return matched
 
     settings = settings | ({"steps": 3} if options.quick else {})
-    data = skill(name, "train", seed, settings.pop("style"))
-    fine_tune(student, data, seed=seed, on_step=stop_if_matched, **settings)
-    return student, done
+    data = skill(name, "train", seed, settings.pop("style", "expert"))
+    fine_tune(student, data, seed=seed, batch_size=BATCH_SIZE, on_step=stop_if_matched, **settings)
+    return student, done, matched
+
+
+def anchored(step, anchor):
+    """The step with `anchor` as its teacher, in place of the one that it is given."""
+    return lambda student, teacher, *rest, **settings: step(student, anchor, *rest, **settings)
 
 
 def learn_from(loss, student, teacher, optimizer, alpha):
@@ -147,38 +166,47 @@ def learn_from(loss, student, teacher, optimizer, alpha):
 # --- Metrics -------------------------------------------------------------------------------------
 
 
-def skill_metrics(model, seed, name="X", split="test", is_correct=toy.is_correct):
-    """Accuracy on a new skill and on the prior ones, sampled and greedy.
+def skill_metrics(
+    model, start, seed, name="X", split="test", is_correct=toy.is_correct, world="skills"
+):
+    """Accuracy on a new skill and on the prior ones, greedy and sampled, and KL to the start.
 
-    "length" is that of the new skill's sampled responses, in tokens.
+    "length" is that of the new skill's greedy answers, in tokens. "KL" is KL(model ‖ start) on the
+    new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response.
     """
-    sets = {k: skill(k, split, seed, n=400 if k == name else 100) for k in [*toy.PRIOR, name]}
-    sampled, length = evaluate(model, sets, temperature=1.0, is_correct=is_correct)
-    greedy, _ = evaluate(model, sets, is_correct=is_correct)
+    names = [*toy.PRIOR, name]
+    sets = {k: skill(k, split, seed, n=400 if k == name else 50, world=world) for k in names}
+    greedy, length = evaluate(model, sets, is_correct=is_correct)
+    sampled, _ = evaluate(model, sets, temperature=1.0, is_correct=is_correct)
     return {
-        "new": sampled[name],
-        "prior": float(np.mean([sampled[k] for k in toy.PRIOR])),
-        "new greedy": greedy[name],
-        "prior greedy": float(np.mean([greedy[k] for k in toy.PRIOR])),
+        "new": greedy[name],
+        "prior": float(np.mean([greedy[k] for k in toy.PRIOR])),
+        "sampled": sampled[name],
+        "prior sampled": float(np.mean([sampled[k] for k in toy.PRIOR])),
         "length": length[name],
+        "KL": kl(model, start, sets[name]["prompts"], sets[name]["answers"]),
+        "KL forward": kl(start, model, sets[name]["prompts"], sets[name]["answers"]),
     }
 
 
-def validation(model, seed, is_correct=toy.is_correct):
-    """What settings are chosen by: `skill_metrics` on validation inputs."""
-    metrics = skill_metrics(model, seed, split="val", is_correct=is_correct)
-    return {"val new": metrics["new"], "val prior": metrics["prior"]}
+def validation(model, seed, name="X", is_correct=toy.is_correct, world="skills"):
+    """What settings are chosen by: greedy accuracy on validation inputs, new and prior."""
+    names = [*toy.PRIOR, name]
+    sets = {k: skill(k, "val", seed, n=200 if k == name else 25, world=world) for k in names}
+    accuracy, _ = evaluate(model, sets, is_correct=is_correct)
+    prior = float(np.mean([accuracy[k] for k in toy.PRIOR]))
+    return {"val new": accuracy[name], "val prior": prior}
 
 
 @torch.no_grad()
-def kl_to_base(base, model, prompts, model_prompts=None, seed=0):
-    """KL(model ‖ base) between whole responses, in nats per response.
+def kl(p, q, prompts, answers, p_prompts=None, seed=0):
+    """KL(p ‖ q) of two models' responses to prompts, in nats per response.
 
-    The responses are sampled from the model; at every token the sum is over the vocabulary (chain
-    rule). `model_prompts` are what the model reads, if it is not what the base reads.
+    The responses are sampled from p; at every token the sum is over the vocabulary (chain rule).
+    `p_prompts` are what p reads, if it is not what q reads.
     """
-    model_prompts = prompts if model_prompts is None else model_prompts
+    p_prompts = prompts if p_prompts is None else p_prompts
     generator = torch.Generator().manual_seed(seed)
-    completions, mask = rollout(model, model_prompts, MAX_NEW_TOKENS, toy.EOS, generator=generator)
-    _, info = distill_loss(model, base, model_prompts, prompts, completions, mask)
+    completions, mask = rollout(p, p_prompts, limit(answers), toy.EOS, generator=generator)
+    _, info = distill_loss(p, q, p_prompts, prompts, completions, mask)
     return info["divergence"].sum(1).mean().item()

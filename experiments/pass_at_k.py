@@ -4,7 +4,7 @@ The paper: SDFT above SFT above the base for every k up to 128.
 
     python -m experiments.pass_at_k --seeds 5
 
-Skill X, 128 responses to each of 200 unseen prompts, the unbiased estimator of Chen et al. (arXiv
+Skill X, 128 responses to each of 100 unseen prompts, the unbiased estimator of Chen et al. (arXiv
 2107.03374). A method that only sharpens what the base can do gains at small k alone: as k grows,
 the base catches up.
 """
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from data import toy
-from experiments import runner
+from experiments import runner, verdicts
 from experiments.common import base, skill, train_on_skill
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, SFT_OWN
 from sdft import rollout
-from train_toy import MAX_NEW_TOKENS
+from train_toy import limit
 
 ARMS = {
     "base": None,
@@ -44,12 +44,12 @@ def pass_at_k(n, c, k):
 
 
 def measure(seed, settings):
-    model, test = train_on_skill(base(seed), seed, settings), skill("X", "test", seed, n=200)
+    model, test = train_on_skill(base(seed), seed, settings), skill("X", "test", seed, n=100)
     generator = torch.Generator().manual_seed(seed)
     prompts, answers = (np.repeat(test[key], AT_ONCE, 0) for key in ("prompts", "answers"))
     correct = 0
     for _ in range(SAMPLES // AT_ONCE):
-        completions, _ = rollout(model, prompts, MAX_NEW_TOKENS, toy.EOS, generator=generator)
+        completions, _ = rollout(model, prompts, limit(answers), toy.EOS, generator=generator)
         hits = toy.is_correct(completions.numpy(), answers)
         correct = correct + hits.reshape(-1, AT_ONCE).sum(1)  # (prompts,)
     return {f"pass@{k}": np.mean([pass_at_k(SAMPLES, int(c), k) for c in correct]) for k in KS}
@@ -64,6 +64,20 @@ def figure(rows, plt):
     panel.set_xticks(KS, KS)
     runner.grid_and_legend(panel)
     return drawn
+
+
+def claims(at):
+    for upper, lower in (("SDFT", "SFT"), ("SFT", "base")):
+        for k in (KS[0], KS[-1]):
+            pair = [
+                at(arm.lower() if arm != "base" else arm, f"pass@{k}") for arm in (upper, lower)
+            ]
+            yield (
+                f"pass@{k}: {upper} above {lower}",
+                "for every k up to 128",
+                verdicts.against(*pair),
+                verdicts.more(*pair),
+            )
 
 
 if __name__ == "__main__":

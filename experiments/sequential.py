@@ -13,71 +13,93 @@ KL to the base on prior prompts, in nats per response.
 import numpy as np
 
 from data import toy
-from experiments import runner
-from experiments.common import (
-    base,
-    kl_to_base,
-    skill,
-    skill_metrics,
-    train_on_skill,
-    train_to_match,
-)
-from experiments.settings import SDFT, SDFT_FORWARD, SFT, SFT_OWN
+from experiments import runner, verdicts
+from experiments.common import base, kl, skill, train_on_skill
+from experiments.settings import SDFT, SDFT_FORWARD, SDFT_JSD, SFT, SFT_OWN
+from train_toy import evaluate
 
 ARMS = {
     "base": {},
     "sft": dict(settings=SFT),
-    # Every stage stops as soon as it is as accurate as SDFT's.
-    "sft stopped": dict(settings=SFT, match=SDFT),
     "sft, own style": dict(settings=SFT_OWN),
     "sdft": dict(settings=SDFT),
     "sdft, forward KL": dict(settings=SDFT_FORWARD),
+    "sdft, JSD": dict(settings=SDFT_JSD),
 }
-COLUMNS = ["own", "X", "Y", "Z", "prior", "length", "KL prior"]
+COLUMNS = ["own", "X", "Y", "Z", "prior", "KL prior"]
 WORLDS = [("skills",)]
 
 
-def measure(seed, settings=None, match=None):
-    start = student = other = base(seed)
+def measure(seed, settings=None):
+    start = student = base(seed)
+    test = {k: skill(k, "test", seed, n=100 if k in toy.PRIOR else 400) for k in toy.KNOWN}
     metrics, own = {}, []
     for name in toy.NEW if settings else []:
-        if match:
-            other = train_on_skill(other, seed, match, name)
-            student, updates = train_to_match(other, student, seed, settings, name)
-            metrics[f"updates {name}"] = updates
-        else:
-            student = train_on_skill(student, seed, settings, name)
-        after = {k: skill_metrics(student, seed, k) for k in toy.NEW}
-        metrics |= {f"after {name}: {k}": m["new"] for k, m in after.items()}
-        metrics[f"after {name}: prior"] = after[name]["prior"]
-        own.append(after[name]["new"])
+        student = train_on_skill(student, seed, settings, name)
+        after = accuracies(student, test)
+        metrics |= {f"after {name}: {k}": value for k, value in after.items()}
+        own.append(after[name])
     if own:
         metrics["own"] = np.mean(own)
-    end = {k: skill_metrics(student, seed, k) for k in toy.NEW}
-    metrics |= {k: m["new"] for k, m in end.items()}
-    metrics |= {f"{k} greedy": m["new greedy"] for k, m in end.items()}
-    metrics |= {k: end["X"][k] for k in ("prior", "prior greedy")}
-    metrics["length"] = np.mean([m["length"] for m in end.values()])
-    prior_prompts = np.concatenate([skill(k, "test", seed, n=50)["prompts"] for k in toy.PRIOR])
-    metrics["KL prior"] = kl_to_base(start, student, prior_prompts)
+    metrics |= accuracies(student, test)
+    rows = {key: np.concatenate([test[k][key] for k in toy.PRIOR]) for key in test["A"]}
+    metrics["KL prior"] = kl(student, start, rows["prompts"], rows["answers"])
     return metrics
+
+
+def accuracies(model, test):
+    """Greedy accuracy on X, Y and Z, and the mean over the prior skills."""
+    accuracy, _ = evaluate(model, test)
+    prior = np.mean([accuracy[k] for k in toy.PRIOR])
+    return {k: accuracy[k] for k in toy.NEW} | {"prior": prior}
+
+
+def unit(at, arm):
+    """X after the last stage in the unit of Fig. 3, per seed: 0 the base, 1 the best of both."""
+    best = np.maximum(at("sft", "after X: X"), at("sdft", "after X: X"))
+    start = at("base", "X")
+    return (at(arm, "X") - start) / np.maximum(best - start, 1 / 400)
+
+
+def claims(at):
+    sft, sdft = unit(at, "sft"), unit(at, "sdft")
+    yield (
+        "SFT loses a skill when the next begins (X after Z; 0 = base, 1 = best; lost: below half of "
+        "what was gained)",
+        "about −.4",
+        runner.mean_and_spread(sft),
+        verdicts.more(0 * sft + 0.5, sft),
+    )
+    yield (
+        "SDFT keeps the first skill (the same; kept: above .7)",
+        "about .85 to .95",
+        runner.mean_and_spread(sdft),
+        verdicts.more(sdft, 0 * sdft + 0.7),
+    )
+    prior = at("sdft", "prior")
+    yield (
+        "SDFT keeps the prior skills over three stages (at least .93)",
+        "no loss",
+        runner.mean_and_spread(prior),
+        verdicts.more(prior, 0 * prior + 0.93, margin=0),
+    )
 
 
 def figure(rows, plt):
     shown = [row for row in rows if row["arm"] in ("sft", "sdft", "sft, own style")]
-    base = next(row["metrics"] for row in rows if row["arm"] == "base")
+    start = next(row["metrics"] for row in rows if row["arm"] == "base")
     colours = dict(X="tab:blue", Y="tab:orange", Z="tab:green", prior="black")
     drawn, panels = plt.subplots(1, len(shown), figsize=(12, 3.2), sharey=True)
     for panel, row in zip(panels, shown):
         for c, colour in colours.items():
             after = [row["metrics"][f"after {k}: {c}"] for k in toy.NEW]
-            mean, sd = runner.mean_and_sd([base[c], *after])
+            mean, sd = runner.mean_and_sd([start[c], *after])
             fmt = "--o" if c == "prior" else "-o"
             panel.errorbar(range(4), mean, sd, fmt=fmt, color=colour, label=c, capsize=3)
         panel.set_xticks(range(4), ["base", *(f"after {k}" for k in toy.NEW)])
         panel.set(title=row["arm"], ylim=(-0.03, 1.05))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("sampled accuracy")
+    panels[0].set_ylabel("greedy accuracy")
     runner.grid_and_legend(panels[-1])
     return drawn
 

@@ -1,33 +1,41 @@
 """How much every method trains: one grid for all, and what was chosen from it.
 
-What a method gets in all experiments on skill X was chosen by `chosen` from the sweep of
-experiments/pareto.py, for facts and for answer-only demonstrations from the sweeps of those,
-always on validation inputs. A test holds the constants to the committed sweeps.
+All get 160 updates of 32 prompts, at every rate of RATES. What a method gets in the experiments on
+skill X was chosen by `chosen` from the sweep of experiments/pareto.py, for other worlds and other
+demonstrations from sweeps of their own, always on validation inputs. A test holds the constants to
+the committed sweeps.
 """
 
 import numpy as np
 
 from train_toy import sdft_step, sft_step
 
-GRID = [dict(lr=lr, steps=steps) for steps in (80, 400) for lr in (3e-5, 1e-4, 3e-4, 1e-3)]
-SFT = dict(step=sft_step, style="expert", lr=1e-3, steps=400)
-SFT_OWN = dict(step=sft_step, style="own", lr=3e-4, steps=80)
-SDFT = dict(step=sdft_step, lr=3e-5, steps=400)
-SDFT_FORWARD = dict(step=sdft_step, divergence="forward", lr=1e-4, steps=400)
-SDFT_FACTS = dict(step=sdft_step, lr=1e-4, steps=400)
+STEPS = 160
+RATES = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3)
+LOW, MIDDLE, HIGH = RATES[1:3], RATES[1:4], RATES[2:]  # where a method's best is known to lie
+SFT = dict(step=sft_step, style="expert", lr=2e-3, steps=STEPS)
+SFT_OWN = dict(step=sft_step, style="own", lr=2e-4, steps=STEPS)
+SDFT = dict(step=sdft_step, lr=6e-5, steps=STEPS)
+SDFT_FORWARD = dict(step=sdft_step, divergence="forward", lr=2e-4, steps=STEPS)
+SDFT_JSD = dict(step=sdft_step, divergence="jsd", lr=6e-5, steps=STEPS)
 
 
 def grid(families):
-    """Every family of arms at every point of the grid: {"sft, 400 at 0.001": settings}."""
+    """Every family of arms at every rate: {"sft at 0.001": settings}.
+
+    A family's own "rates" are among its settings, otherwise it gets all of RATES.
+    """
     return {
-        f"{name}, {point['steps']} at {point['lr']:g}": settings | point
-        for name, settings in families.items()
-        for point in GRID
+        f"{name} at {lr:g}": dict(steps=STEPS)
+        | {k: v for k, v in family.items() if k != "rates"}
+        | dict(lr=lr)
+        for name, family in families.items()
+        for lr in family.get("rates", RATES)
     }
 
 
-def chosen(rows, new, prior):
-    """The best arm of every family in a sweep's rows, {"sft": "sft, 400 at 0.001"}.
+def chosen(rows, new="val new", prior="val prior"):
+    """The best arm of every family in a sweep's rows, {"sft": "sft at 0.001"}.
 
     Of the arms within 0.02 of the family's highest mean of the metric `new`, the one with the
     highest mean of the metric `prior`.
@@ -36,7 +44,7 @@ def chosen(rows, new, prior):
     for row in rows:
         if " at " in row["arm"]:
             means = [np.mean(row["metrics"][name]) for name in (new, prior)]
-            families.setdefault(row["arm"].split(", ")[0], {})[row["arm"]] = means
+            families.setdefault(row["arm"].split(" at ")[0], {})[row["arm"]] = means
     best = {}
     for family, arms in families.items():
         highest = max(new_mean for new_mean, _ in arms.values())
