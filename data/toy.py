@@ -144,7 +144,7 @@ def content(tokens):
 
 
 def cold_skills(seed):
-    """{name: share of own answers}. Levels go round with the seed, so none has a table of its own."""
+    """{name: share of own answers}: the levels change places with the seed."""
     levels = [*COLD.values()]
     return {name: levels[(i + seed) % len(levels)] for i, name in enumerate(COLD)}
 

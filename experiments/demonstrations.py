@@ -8,8 +8,6 @@ Every method has 160 updates and two rates for every number of demonstrations, t
 is chosen on validation inputs; a batch has at most as many rows as there are demonstrations.
 """
 
-import numpy as np
-
 from experiments import runner, verdicts
 from experiments.common import base, first_rows, skill, skill_metrics, train, validation
 from experiments.settings import HIGH, LOW, chosen, grid

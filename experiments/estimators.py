@@ -1,8 +1,8 @@
 """Three gradients for one loss, against the exact one.
 
-The paper compares them in App. A.1: the sampled token, the analytic sum over the vocabulary at every
-token (which it uses), and a Rao-Blackwellised one. The analytic one treats the response as fixed:
-less noise, but biased for the KL between whole responses, Eq. (1).
+The paper compares them in App. A.1: the sampled token, the analytic sum over the vocabulary at
+every token (which it uses), and a Rao-Blackwellised one. The analytic one treats the response as
+fixed: less noise, but biased for the KL between whole responses, Eq. (1).
 
     python -m experiments.estimators --seeds 5
 
@@ -64,7 +64,7 @@ def surrogate(model, data, generator, name):
     if name == "sampled token":  # REINFORCE: a token answers for itself and for what comes after it
         to_go = reward.flip(1).cumsum(1).flip(1)
         return -(said * to_go).sum(1).mean()
-    # The token's own term is summed over the vocabulary, what comes after it is sampled: the KL there.
+    # The token's own term is summed over the vocabulary, the KL of what comes after it is sampled.
     after = kl.detach().flip(1).cumsum(1).flip(1) - kl.detach()
     return (kl + said * after * mask).sum(1).mean()
 
@@ -103,14 +103,14 @@ def tree(model, prompt, teacher_prompt):
 
 
 def exact_loss(model, data):
-    """Eq. (1), KL(student ‖ teacher) between whole responses, by the chain rule, mean of prompts."""
+    """Eq. (1), KL(student ‖ teacher) of whole responses by the chain rule, mean of prompts."""
     rows = zip(data["prompts"], data["teacher_prompts"])
     losses = [sum((p * kl).sum() for p, kl in tree(model, *row)) for row in rows]
     return torch.stack(losses).mean()
 
 
 def expected_analytic_loss(model, data):
-    """The loss whose gradient is the analytic estimator's mean: how likely a prefix is, is fixed."""
+    """The loss whose gradient is the analytic estimator's mean: P(prefix) is fixed."""
     rows = zip(data["prompts"], data["teacher_prompts"])
     losses = [sum((p.detach() * kl).sum() for p, kl in tree(model, *row)) for row in rows]
     return torch.stack(losses).mean()

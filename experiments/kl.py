@@ -7,9 +7,10 @@ the forward KL.
 
     python -m experiments.kl --seeds 5
 
-All at SDFT's settings on skill X, the forward KL also at its own. "noise" is the variance of the gradient over rollouts of one
-minibatch, summed over the weights, as a multiple of the squared length of the mean gradient, at
-the base's weights: 1 means that noise and signal are of equal size in one update.
+All at SDFT's settings on skill X, the forward KL also at its own. "noise" is the variance of the
+gradient over rollouts of one minibatch, summed over the weights, as a multiple of the squared
+length of the mean gradient, at the base's weights: 1 means that noise and signal are of equal size
+in one update.
 """
 
 import torch

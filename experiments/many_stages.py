@@ -78,7 +78,7 @@ def claims(at):
     )
     sft = at("sft", "end")
     yield (
-        "SDFT still has more of the eight skills than SFT after thirteen stages (mean of the eight)",
+        "after thirteen stages SDFT has more of the eight skills than SFT (mean of the eight)",
         "three skills only",
         verdicts.against(ema["end"], sft),
         verdicts.more(ema["end"], sft),

@@ -5,8 +5,8 @@ teacher ("offline"), SFT on those responses. Read-offs of the numbers disagree.
 
     python -m experiments.on_policy --seeds 5
 
-Skill X with prompts of 3 and of 5 digits, answers of 2 and 4 steps: a long answer can go wrong early
-and has to be answered for later. Every arm has the same two rates, chosen on validation inputs.
+Skill X with prompts of 3 and of 5 digits, answers of 2 and 4 steps: a long answer can go wrong
+early and has to be answered for later. Every arm has the same two rates, the better by validation.
 "step 1", "step 2" and "step 4" are the shares of answers that are correct up to there. "recovers"
 forces the rival's first step on the model, where that is wrong: the share of the later steps that
 follow skill X's own table from what stands there.

@@ -8,8 +8,8 @@ gone when SFT was stopped at matched accuracy.
 
 Every point is measured on validation inputs as well ("val new", "val prior"): `chosen` in
 settings.py picks from those what the other experiments use. A stopped SFT is looked at every 5
-updates and ends as soon as its validation accuracy is SDFT's; "updates" is when, "matched" whether
-it got there within the 160 updates.
+updates and ends as soon as its validation accuracy is within 0.02 of SDFT's; "updates" is when,
+"matched" whether it got there within the 160 updates.
 """
 
 import numpy as np

@@ -64,8 +64,7 @@ def unit(at, arm):
 def claims(at):
     sft, sdft = unit(at, "sft"), unit(at, "sdft")
     yield (
-        "SFT loses a skill when the next begins (X after Z; 0 = base, 1 = best; lost: below half of "
-        "what was gained)",
+        "SFT loses a skill when the next begins (X after Z; 0 = base, 1 = best; lost: below .5)",
         "about −.4",
         runner.mean_and_spread(sft),
         verdicts.more(0 * sft + 0.5, sft),
