@@ -24,7 +24,7 @@ SHORT = 60
 ARMS = {
     "base": {},
     "sft": dict(settings=SFT | dict(steps=SHORT)),
-    "sft, own style": dict(settings=SFT_OWN | dict(steps=SHORT)),
+    "sft, own style": dict(settings=SFT_OWN | dict(steps=SHORT, lr=2e-4)),
     "sdft, EMA teacher": dict(settings=SDFT | dict(steps=SHORT, lr=2e-4)),
     "sdft, teacher of the stage's start": dict(
         settings=SDFT | dict(steps=SHORT, lr=2e-4, alpha=0.0)

@@ -14,9 +14,9 @@ STEPS = 160
 RATES = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3)
 LOW, MIDDLE, HIGH = RATES[1:3], RATES[1:4], RATES[2:]  # where a method's best is known to lie
 SFT = dict(step=sft_step, style="expert", lr=2e-3, steps=STEPS)
-SFT_OWN = dict(step=sft_step, style="own", lr=2e-4, steps=STEPS)
+SFT_OWN = dict(step=sft_step, style="own", lr=6e-5, steps=STEPS)
 SDFT = dict(step=sdft_step, lr=6e-5, steps=STEPS)
-SDFT_FORWARD = dict(step=sdft_step, divergence="forward", lr=2e-4, steps=STEPS)
+SDFT_FORWARD = dict(step=sdft_step, divergence="forward", lr=6e-5, steps=STEPS)
 SDFT_JSD = dict(step=sdft_step, divergence="jsd", lr=6e-5, steps=STEPS)
 
 

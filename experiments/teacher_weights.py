@@ -6,7 +6,7 @@ paper (tool use): EMA about 70, frozen about 65, and with a live teacher trainin
     python -m experiments.teacher_weights --seeds 5
 
 α is the student's share in the teacher at every update: 0 frozen, 1 live. On skill X with SDFT's
-settings, at ten times the rate ("fast"), and with 30% of the demonstrations wrong ("noisy"), where
+settings, at the highest rate of the sweep ("fast"), and with 30% of the demonstrations wrong ("noisy"), where
 the teacher starts out imperfect and a moving one could gain. "teacher" is the final teacher's
 accuracy with right demonstrations, "teacher, noisy" with the training's. "collapsed" is the share
 of seeds that end below half of the base's accuracy on X.
@@ -15,14 +15,14 @@ of seeds that end below half of the base's accuracy on X.
 from experiments import runner, verdicts
 from experiments.common import base, skill, skill_metrics, train
 from experiments.mismatch import spoiled
-from experiments.settings import SDFT
+from experiments.settings import RATES, SDFT
 from train_toy import evaluate
 
 ALPHAS = {"frozen": 0.0, "α .02": 0.02, "α .2": 0.2, "live": 1.0}
 ARMS = {arm: dict(settings=SDFT | dict(alpha=alpha)) for arm, alpha in ALPHAS.items()}
 for arm, alpha in ALPHAS.items():
     settings = SDFT | dict(alpha=alpha)
-    ARMS[f"fast, {arm}"] = dict(settings=settings | dict(lr=10 * SDFT["lr"]))
+    ARMS[f"fast, {arm}"] = dict(settings=settings | dict(lr=RATES[-1]))
     ARMS[f"noisy, {arm}"] = dict(settings=settings | dict(lr=2e-4), share=0.3)
 ARMS = dict(sorted(ARMS.items(), key=lambda item: item[0].split(", ")[:-1]))
 COLUMNS = ["new", "prior", "sampled", "teacher", "teacher, noisy", "collapsed"]
@@ -43,7 +43,7 @@ def measure(seed, settings, share=0.0):
 def claims(at):
     for condition, name in {
         "": "",
-        "fast, ": " at ten times the rate",
+        "fast, ": " at the highest rate",
         "noisy, ": ", 30% of the demonstrations wrong",
     }.items():
         pair = [at(condition + arm, "new") for arm in ("α .02", "frozen")]
@@ -58,7 +58,7 @@ def claims(at):
     yield (
         "a live teacher does worse than an EMA (new; collapsed seeds)",
         "training diverges",
-        f"{verdicts.against(*pair)}; collapsed {live.sum():.0f} of {len(live)}, at ten times the "
+        f"{verdicts.against(*pair)}; collapsed {live.sum():.0f} of {len(live)}, at the highest "
         f"rate {fast.sum():.0f} of {len(fast)}",
         verdicts.more(*pair),
     )
