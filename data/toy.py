@@ -8,13 +8,13 @@ table over the digits from the left and writes every intermediate result, then t
 `88.`, since X(4, 2) = 8 and X(8, 5) = 8.
 
   A ... H  prior skills, known: the benchmark that fine-tuning must not damage.
-  X, Y, Z  new skills, and M ... Q. In pretraining a prompt's whole answer follows either the
-           skill's own table, the correct one, or the table of one prior skill, its rival. The own
-           table is likelier if the first digit is 0 to 3, the rival if it is 4 to 9, so that the
-           base's greedy answer is correct on about four inputs of ten.
-  R ... V  the same, but each with a share of own answers from 0 to .6, whatever the digits.
-  W        an unknown name: a fresh random table each time. Only a demonstration can tell, so it
-           teaches in-context learning.
+  X, Y, Z  new skills. In pretraining a prompt's whole answer follows either the skill's own
+           table, the correct one, or the table of one prior skill, its rival. The own table is
+           likelier if the first digit is 0 to 3, the rival if it is 4 to 9, so that the base's
+           greedy answer is correct on about four inputs of ten.
+  M ... W  unknown names: a fresh random table each time. Only a demonstration can tell, so they
+           teach in-context learning. In the larger world of the experiments only W is one, M to Q
+           are new skills as well, and R to V follow their own tables with shares from 0 to .6.
 
 Two styles carry the same content. The model's own answers are digits, an expert's demonstrations
 are letters, a-j for 0-9. The teacher's prompt `?X425!ii.=` holds a demonstration, and its answer is
@@ -46,11 +46,12 @@ PRIOR = {
 PRIMES = dict(zip("XYZMNOPQRSTUVW", (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)))
 RIVALS = dict(zip("XYZMNOPQRSTUVW", "ACFBDEGHACFBDE"))
 NAMES = [*PRIOR, *PRIMES]
-NEW = "XYZ"  # train_toy.py's new skills
+P_OWN = (0.8, 0.25)  # how often a new skill follows its own table: first digit 0 to 3, 4 to 9
+NEW = dict.fromkeys("XYZ", P_OWN)
 KNOWN = [*PRIOR, *NEW]
-P_OWN = (0.8, 0.25)  # how often a skill of HALF follows its own table: first digit 0 to 3, 4 to 9
+# The larger world's new skills: as often as in the small one, and of five others how often.
 HALF = "XYZMNOPQ"
-COLD = {"R": 0.0, "S": 0.03, "T": 0.1, "U": 0.3, "V": 0.6}  # how often one of these does
+COLD = {"R": 0.0, "S": 0.03, "T": 0.1, "U": 0.3, "V": 0.6}
 STYLES = (0.80, 0.14, 0.06)  # batches without a demonstration, with a full one, with a bare answer
 
 VOCAB = "0123456789" + "abcdefghij" + ".?!=" + "".join(NAMES)
@@ -149,15 +150,18 @@ def cold_skills(seed):
     return {name: levels[(i + seed) % len(levels)] for i, name in enumerate(COLD)}
 
 
-def rivals_batch(rng, n, seed=0, new=None, n_digits=N_DIGITS, styles=STYLES):
+def many_skills(seed):
+    """The new skills of the larger world, as `rivals_batch` takes them."""
+    return dict.fromkeys(HALF, P_OWN) | {name: (p, p) for name, p in cold_skills(seed).items()}
+
+
+def rivals_batch(rng, n, seed=0, new=NEW, n_digits=N_DIGITS, styles=STYLES):
     """n lines of pretraining: prompts (n, P) and own-style answers (n, R + 1).
 
-    `new` has the new skills and how often each follows its own table, by default those of HALF and
-    COLD; `styles` the shares of batches by the demonstrations in their prompts. Whoever gives a
-    bare answer is right, so that with one the own table is followed always.
+    `new` has the new skills and how often each follows its own table, `styles` the shares of
+    batches by the demonstrations in their prompts. Whoever gives a bare answer is right, so that
+    with one the own table is followed always.
     """
-    if new is None:
-        new = dict.fromkeys(HALF, P_OWN) | {name: (p, p) for name, p in cold_skills(seed).items()}
     style = rng.choice([None, "expert", "short"], p=styles)
     kind = rng.choice(3, n, p=(0.40, 0.30, 0.30) if style else (0.45, 0.51, 0.04))
     names = [PRIOR, new, [k for k in PRIMES if k not in new]]  # kind 2 are the unknown ones

@@ -38,7 +38,9 @@ def world_batch(world):
         # More bare answers than in the toy's world: they are harder to use for longer chains.
         more = dict(new={"X": toy.P_OWN}, n_digits=LONG, styles=(0.66, 0.12, 0.22))
         return lambda rng, n, seed: toy.rivals_batch(rng, n, seed, **more)
-    return {"skills": toy.rivals_batch, "facts": toy.facts_batch}[world]
+    if world == "skills":
+        return lambda rng, n, seed: toy.rivals_batch(rng, n, seed, toy.many_skills(seed))
+    return toy.facts_batch
 
 
 def base(seed, world="skills", n_layer=2, n_embd=128):
