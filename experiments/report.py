@@ -79,7 +79,9 @@ def experiment_table(results, name):
     if hasattr(module, "SWEEP"):
         best = chosen(rows, *module.SWEEP).values()
         rows = [row for row in rows if " at " not in row["arm"] or row["arm"] in best]
-    return table(rows, module.COLUMNS)
+    seeds, seconds = len(results[name]["seeds"]), results[name]["seconds"]
+    cost = f"{seeds} seeds; {seconds:,} s in all, in processes of one thread."
+    return [*table(rows, module.COLUMNS), "", cost]
 
 
 # --- The paper's claims beside what was measured -------------------------------------------------
