@@ -123,7 +123,7 @@ def train_to_match(other, student, seed, settings, name="X", every=5):
     target = evaluate(other, validation_inputs, temperature=1.0)[0][name]
     student, done = copy.deepcopy(student), 0
 
-    def stop_if_matched(loss):
+    def stop_if_matched(loss, teacher):
         nonlocal done
         done += 1
         if done % every:

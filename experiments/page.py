@@ -23,8 +23,9 @@ from data import samples
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 METRICS = (
-    *("loss", "new", "prior", "teacher_accuracy", "length", "never_ended", "rollouts_correct"),
+    *("loss", "new", "prior", "teacher_accuracy", "never_ended", "rollouts_correct"),
     *("kl_student_base", "kl_teacher_base", "student_entropy", "teacher_entropy"),
+    "response_length",
 )
 MISSING = {
     "results.json": "the run goes on or was interrupted, so that there are no settings yet",
@@ -176,9 +177,8 @@ def curves(run):
             curve["stages"].append([skill, 0])
         curve["stages"][-1][1] = max(curve["stages"][-1][1], step)
         for metric in METRICS:
-            # The toy's log lines have a new skill's accuracy under its name.
-            value = row.get(metric, row.get(skill) if metric == "new" else None)
-            if number(value) is not None:
+            value = number(row.get(metric))
+            if value is not None:
                 point = [len(curve["stages"]) - 1, step, value]
                 curve["points"].setdefault(metric, []).append(point)
     base = phases.pop("base", {"points": {}})["points"]

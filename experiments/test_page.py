@@ -235,9 +235,9 @@ def test_page_tells_when_forgetting_began(tmp_path, prior, words):
 
 
 def test_base_row_opens_every_curve(tmp_path):
-    """A row of phase "base" stands for all arms at step 0; the toy names a skill's accuracy X."""
+    """A row of phase "base" stands for all arms at step 0."""
     rows = [{"phase": "base", "step": 0, "prior": 0.99}, {"phase": "sft", "skill": "X", "step": 40}]
-    rows[1] |= {"X": 0.5, "prior": 0.25, "loss": float("nan")}
+    rows[1] |= {"new": 0.5, "prior": 0.25, "loss": float("nan")}
     (arm,) = page_of(tmp_path, metrics=lines(rows))["arms"]
     assert arm["points"] == {"new": [[0, 40, 0.5]], "prior": [[0, 0, 0.99], [0, 40, 0.25]]}
 
