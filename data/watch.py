@@ -105,7 +105,11 @@ def warnings(rows):
 
     A bound is told of when it is crossed, and again whenever it is exceeded by another STEP.
     """
-    best, told, sentences = {}, {}, []  # the best row so far; {trouble: steps beyond the bound}
+    best, told, sentences = (
+        {},
+        {},
+        [],
+    )  # the last of the best rows; {trouble: steps beyond the bound}
     for row in rows:
         sentences = []
         for name, excess, sentence in troubles(row, best):
@@ -114,7 +118,7 @@ def warnings(rows):
                 told[name] = steps
                 sentences.append(sentence)
         for key in ("teacher_accuracy", "prior"):
-            if row.get(key, -1) > best.get(key, {}).get(key, -1):
+            if row.get(key, -1) >= best.get(key, {}).get(key, 0):
                 best[key] = row
     return sentences
 

@@ -9,7 +9,7 @@ from model import GPT, GPTConfig
 from sdft import completion_logits, rollout
 
 EOS, DECODE = 0, lambda ids: "abcdefgh"[ids[0]] if len(ids) == 1 else f"{len(ids)} tokens"
-NEW, PRIOR = [([1, 2], [1, 2, 3, 4]), ([3], [3, 5])], [([4, 4], [4, 4])]
+NEW, PRIOR = [([1, 2], [1, 2, 3, 4]), ([3], [3, 5]), ([6], [5, 6])], [([4, 4], [4, 4])]
 
 
 def tiny(seed):
@@ -62,18 +62,18 @@ def test_metrics_are_those_of_torch_distributions(models):
         expected[f"kl_{name}_base"] = kl
         if name == "student":
             expected |= dict(zip(("student_entropy", "teacher_entropy"), entropies))
-            expected |= {"rollouts_correct": sum(ended) / 2, "never_ended": 1 - sum(ended) / 2}
-            expected["response_length"] = mask.sum().item() / 2
+            expected |= {"rollouts_correct": sum(ended) / 3, "never_ended": 1 - sum(ended) / 3}
+            expected["response_length"] = mask.sum().item() / 3
         else:
-            expected["teacher_accuracy"] = sum(ended) / 2
-    found, _ = look(models, rows()[:2])
+            expected["teacher_accuracy"] = sum(ended) / 3
+    found, _ = look(models, rows()[:3])
     assert found == pytest.approx(expected, rel=1e-4)
-    assert found["never_ended"] == 0.5 and len({*expected.values()}) >= 7
+    assert found["never_ended"] == pytest.approx(2 / 3) and len({*expected.values()}) >= 7
 
 
 def test_a_look_does_not_depend_on_the_batch(models):
     """Greedy responses, rows at a time, and the prior rows beside them."""
-    alone, together = look(models, rows()[:2], n=1)[0], look(models, rows())[0]
+    alone, together = look(models, rows()[:3], n=1)[0], look(models, rows())[0]
     same = ("teacher_accuracy", "kl_teacher_base")
     assert [alone[k] for k in same] == pytest.approx([together[k] for k in same], rel=1e-4)
 
@@ -140,9 +140,9 @@ def test_within_a_bound_nothing_is_said(trouble):
 
 
 def test_a_warning_comes_again_when_it_worsens():
-    """At the bound, then for every tenth beyond it; the best row so far is the start."""
-    course = [0.7, 0.95, 0.74, 0.74, 0.72, 0.80, 0.64, 0.73, 0.3]
+    """At the bound, then for every tenth beyond it; counted from the last best row."""
+    course = [0.7, 0.95, 0.95, 0.74, 0.74, 0.72, 0.80, 0.64, 0.73, 0.3]
     rows = [{"step": i, "teacher_accuracy": a} for i, a in enumerate(course)]
     told = [len(watch.warnings(rows[: i + 1])) for i in range(len(rows))]
-    assert told == [0, 0, 1, 0, 0, 0, 1, 0, 2]
-    assert "from 0.95 to 0.64 since step 1" in watch.warnings(rows[:7])[0]
+    assert told == [0, 0, 0, 1, 0, 0, 0, 1, 0, 2]
+    assert "from 0.95 to 0.64 since step 2" in watch.warnings(rows[:8])[0]
