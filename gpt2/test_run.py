@@ -174,7 +174,7 @@ def test_an_explosion_names_both_checkpoints(tmp_path, base, data, monkeypatch):
     """Weights of 1e30 are finite, are saved, and end every step after them."""
     out, rates = tmp_path / "out", {3: 1e30}
     monkeypatch.setattr(settings, "learning_rate", lambda step, *_: rates.get(step, 1e-3))
-    message = error_of(*flags(base, data, out, "--eval_every", 9, "--sample_every", 9, steps=6))
+    message = error_of(*flags(base, data, out, "--eval_every", 9, steps=6))
     older, newest = checkpoint.run_checkpoints(out / "checkpoints")
     assert [int(file.name[:8]) for file in (older, newest)] == [2, 4]
     for message in (message, error_of("--resume", "--out_dir", out)):

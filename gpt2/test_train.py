@@ -126,7 +126,7 @@ def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
     The terminal cannot print the folder's é, which must not matter either.
     """
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    out, quiet = tmp_path / "é", ["--eval_every", 10**6, "--sample_every", 10**6]
+    out, quiet = tmp_path / "é", ["--eval_every", 10**6]
     argv = flags(base, data, out, *quiet, "--save_every", 10**6, steps=10**6)
     process = start("-m", "gpt2.train", *argv)
     while not process.stdout.readline().startswith("step "):
