@@ -18,13 +18,13 @@ from gpt2.conftest import (
     write_vocabulary,
 )
 from gpt2.data import load_encoding
-from sdft import completion_logits, implicit_reward, teacher_context, token_divergence
+from sdft import completion_logits, implicit_reward, rollout, teacher_context, token_divergence
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base, data):
     out = tmp_path_factory.mktemp("look") / "out"
-    train.main(flags(base, data, out))
+    train.main(flags(base, data, out, "--skip_long"))
     return out
 
 
@@ -73,6 +73,11 @@ def test_responses_are_sampled_with_fixed_random_numbers(tmp_path):
         rows = look.look((model, model, model), sets, enc, args, step)[1]
         said[step, seed] = [row["response"] for row in rows if row["role"] == "student"]
     assert said[0, 0] == said[3, 0] != said[3, 1]
+    args.temperature, args.divergence = 0.0, "forward"
+    row = look.look((model, model, model), sets, enc, args, 3)[1][0]
+    greedy, mask = rollout(model, [[5, 6]], 6, EOS, temperature=0)
+    assert [token["id"] for token in row["tokens"]] == greedy[mask].tolist()
+    assert row["divergence"] == "forward"
     sets["prior"][0]["prompt_ids"] = [8] * 315  # no room for six tokens in 320
     rows = look.look((model, model, model), sets, enc, args, 3)[1]
     assert {row["kind"] for row in rows} == {"new"}
@@ -101,6 +106,7 @@ def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch):
         score = scores.pop(0)
         if score is Killed:
             raise Killed
+        assert states[1:] or not (out / "best").exists()
         states.append({k: w.clone() for k, w in model.state_dict().items()})
         return {"lenient": score}
 

@@ -111,6 +111,7 @@ def test_resuming_a_finished_run_repeats_no_line(tmp_path, finished, monkeypatch
     for _ in range(2):
         resume(out)
         assert metrics(out) == metrics(finished)
+        assert lines(out / "samples.jsonl") == lines(finished / "samples.jsonl")
         for name in ("base", "final", "config"):
             assert results(out)[name] == results(finished)[name] | changed.get(name, {})
     (out / "results.json").unlink()
