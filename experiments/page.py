@@ -2,7 +2,7 @@
 
     python -m experiments.page out/toy                       # writes out/toy/page.html
     python -m experiments.page out/a out/b --out both.html   # several runs, overlaid
-    chromium --headless --window-size=1200,2000 --screenshot=page.png out/toy/page.html
+    chromium --headless --hide-scrollbars --window-size=1000,1150 --screenshot=page.png PAGE.html
 
 A RUN is the --out_dir of a training. The page is one file; it needs no server and no network. It
 shows what it finds, and says what is missing, of

@@ -297,7 +297,8 @@ def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch
             for sample, fact in zip(shown, facts):
                 wanted = real_model.READS[arm.get("teacher_reads", "both")](fact["prompt"], fact)
                 assert sample["teacher_prompt"] == wanted and sample["expected"] == fact["answer"]
-                assert sample["demonstration"] in wanted and sample["prompt"] == fact["prompt"]
+                hint = "article" if arm.get("teacher_reads") == "article" else "demonstration"
+                assert sample["demonstration"] == fact[hint] and sample["prompt"] == fact["prompt"]
     assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
     assert (tmp_path / "real_model.png").exists() or not importlib.util.find_spec("matplotlib")
     assert "s left" in capsys.readouterr().out
