@@ -10,7 +10,7 @@ shows what it finds, and says what is missing, of
     results.json   "config"; "command" that made the run; "base", "final" or an arm's name: scores
                    {name: number}, or a list of them, each with what it is "after"
     samples.jsonl  see data/samples.py
-    metrics.jsonl  rows with phase, skill, step, any of METRICS, and "warnings", a list of sentences
+    metrics.jsonl  rows with phase, skill, step, loss, and the keys of data/watch.py
 """
 
 import argparse
