@@ -198,7 +198,7 @@ def learn_in_turn(base, arm, settings, test, args, log):
             seen |= {"new": accuracy[skill], "prior": accuracy["prior"]}
             looks.append(about | seen)
             for sentence in (warnings := watch.warnings(looks)):
-                print(f"warning: {sentence}")
+                print(f"{arm:8} {skill} {step:5}  warning: {sentence}", flush=True)
             return looks[-1] | {"warnings": warnings}
 
         print(json.dumps(look(0, student)), file=log)
