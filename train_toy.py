@@ -8,8 +8,8 @@ A base is pretrained in the world of data/toy.py (see data/README.md). Then it l
 Y and Z one after the other. SFT and SDFT get the same prompts and the same expert demonstrations.
 The prior skills A to H are never trained on again: they tell what is forgotten. An answer counts
 by its content, in the model's style (digits) or in the expert's (letters). The log's accuracies are
-on validation inputs, the table's on test inputs. Files for --out_dir: metrics.jsonl,
-results.json, base.pt, sft.pt, sdft.pt, and retention.png if matplotlib is installed.
+on validation inputs, the table's on test inputs. Files for --out_dir: metrics.jsonl and
+samples.jsonl (see data/watch.py), results.json, base.pt, sft.pt, sdft.pt.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import zipfile
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import toy
+from data import samples, toy, watch
 from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, rollout, sft_loss, train_step
 
@@ -61,7 +62,7 @@ def fine_tune(student, data, step, lr, steps, batch_size=64, seed=0, on_step=Non
     """Teach `student` one skill, in place. Returns the teacher.
 
     step     sft_step, sdft_step, or another function of that signature; it gets `settings`
-    on_step  called as on_step(loss) after every update; True ends the training
+    on_step  called as on_step(loss, teacher) after every update; True ends the training
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = adamw(student, lr, weight_decay=0.0)
@@ -73,7 +74,7 @@ def fine_tune(student, data, step, lr, steps, batch_size=64, seed=0, on_step=Non
         rows = rng.choice(n, min(batch_size, n), replace=False)
         batch = {key: values[rows] for key, values in data.items()}
         loss = step(student, teacher, optimizer, batch, generator, **settings)
-        if on_step and on_step(loss):
+        if on_step and on_step(loss, teacher):
             break
     return teacher
 
@@ -147,7 +148,7 @@ def main(argv=None):
         "sdft": both | sdft | dict(step=sdft_step, lr=args.lr, steps=args.steps),
     }
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "retention.png", "sft.pt", "sdft.pt"):
+    for name in ("results.json", "samples.jsonl", "page.html", "sft.pt", "sdft.pt"):
         (args.out_dir / name).unlink(missing_ok=True)  # of an earlier run
     log = open(args.out_dir / "metrics.jsonl", "w", encoding="utf-8")
     config = vars(args) | dict(threads=torch.get_num_threads(), torch=torch.__version__)
@@ -169,32 +170,60 @@ def main(argv=None):
             f"the base's accuracy with a demonstration is {base_row['teacher']:.2f}, below "
             f"{TEACHER_GATE}, so that there is nothing to distil; raise --pretrain_steps"
         )
-    results, students = {"config": config, "base": base_row}, {"base": base}
+    command = shlex.join(["python", "train_toy.py", *(sys.argv[1:] if argv is None else argv)])
+    results = {"config": config, "command": command, "base": base_row}
     for arm, settings in arms.items():
-        students[arm] = copy.deepcopy(base)
-        results[arm] = learn_in_turn(students[arm], arm, settings, test, args, log)
+        results[arm] = learn_in_turn(base, arm, settings, test, args, log)
     results["seconds"] = time.perf_counter() - start
 
     print_table(results)
-    print_examples(students, test)
     text = json.dumps(results, indent=1, default=str) + "\n"
     write_whole(args.out_dir / "results.json", lambda tmp: tmp.write_text(text))
-    draw(results, args.out_dir / "retention.png")
     print(f"\n{results['seconds']:.0f} s in all; results and weights are in {args.out_dir}")
+    print(f"every token, both roles: python -m experiments.page {shlex.quote(str(args.out_dir))}")
 
 
-def learn_in_turn(student, arm, settings, test, args, log):
+def learn_in_turn(base, arm, settings, test, args, log):
     """Each skill from where the last one ended. Returns the test accuracies after every skill."""
+    student, rows, looks = copy.deepcopy(base), [], []
     validation = load_skills("val", args.seed, n_new=100, n_prior=25)
-    rows = []
     for skill in toy.NEW:
         data = toy.skill(skill, "train", args.seed, args.sft_style if arm == "sft" else "expert")
         watched = {k: v for k, v in validation.items() if k == skill or k in toy.PRIOR}
-        on_step = progress(log, arm, settings["steps"], 2, skill, lambda: measure(student, watched))
+        prompts = toy.prompts_to_watch(watched, n_new=50)
+        how = tools(limit(data["answers"]), args.seed)
+
+        def look(step, teacher):
+            models = student, teacher if arm == "sdft" else None, base
+            about = {"phase": arm, "skill": skill, "step": step}
+            seen, said = watch.look(models, prompts, *how, args.divergence, **about)
+            samples.append(args.out_dir / "samples.jsonl", said)
+            accuracy = measure(student, watched)
+            seen |= {"new": accuracy[skill], "prior": accuracy["prior"]}
+            looks.append(about | seen)
+            for sentence in (warnings := watch.warnings(looks)):
+                print(f"{arm:8} {skill} {step:5}  warning: {sentence}", flush=True)
+            return looks[-1] | {"warnings": warnings}
+
+        print(json.dumps(look(0, student)), file=log)
+        on_step = progress(log, arm, settings["steps"], 5, skill, look)
         fine_tune(student, data, on_step=on_step, **settings)
         rows.append({"after": skill} | measure(student, test, sampled=True))
         save(student, args.out_dir / f"{arm}.pt")
     return rows
+
+
+def tools(max_new_tokens, seed):
+    """How data/watch.py lets a model respond, and scores and judges the response."""
+
+    def respond(model, prompts, greedy):
+        generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+        temperature = 0.0 if greedy else 1.0
+        return rollout(model, prompts, max_new_tokens, toy.EOS, temperature, generator)
+
+    score = lambda *context: completion_logits(*context).detach().cpu().numpy()
+    is_correct = lambda ids, row: toy.is_correct(np.array([ids]), row["answer"][None])[0]
+    return respond, score, is_correct, toy.decode, toy.EOS
 
 
 def load_skills(split, seed, n_new, n_prior):
@@ -206,11 +235,11 @@ def load_skills(split, seed, n_new, n_prior):
     return sets
 
 
-def progress(log, phase, steps, lines, skill=None, evaluate=None):
+def progress(log, phase, steps, lines, skill=None, look=None):
     """An on_step that logs a few lines per phase; the loss is the mean since the line before."""
     losses, done, start = [], 0, time.perf_counter()
 
-    def on_step(loss):
+    def on_step(loss, teacher=None):
         nonlocal done
         done += 1
         losses.append(loss)
@@ -218,11 +247,11 @@ def progress(log, phase, steps, lines, skill=None, evaluate=None):
             return
         left = (time.perf_counter() - start) / done * (steps - done)
         row = {"phase": phase, "skill": skill, "step": done, "loss": float(np.mean(losses))}
-        row |= evaluate() if evaluate else {}
+        row |= look(done, teacher) if look else {}
         losses.clear()
         print(json.dumps(row), file=log, flush=True)
         line = f"{phase:8} {skill or ' '} {done:5}/{steps}  loss {row['loss']:6.3f}"
-        line += f"  new {row[skill]:.2f}  prior {row['prior']:.2f}" if evaluate else ""
+        line += f"  new {row['new']:.2f}  prior {row['prior']:.2f}" if look else ""
         print(f"{line}  {left:3.0f} s left", flush=True)
 
     return on_step
@@ -237,39 +266,6 @@ def print_table(results):
     for rows in zip([base, *results["sft"]], [base, *results["sdft"]]):
         cells = ["".join(f"{row[c]:7.2f}" for c in columns) for row in rows]
         print(f"{rows[0]['after']:8}" + "   ".join(cells))
-
-
-def print_examples(models, test, skills="XYZAB", row=1):
-    """One unseen prompt of a few skills, and everyone's greedy answer."""
-    print("\nprompt    demonstration  correct " + "".join(f"{m:7}" for m in models) + "teacher")
-    for skill in skills:
-        data = {key: values[row : row + 1] for key, values in test[skill].items()}
-        asked = [(m, "prompts") for m in models.values()] + [(models["base"], "teacher_prompts")]
-        most = limit(data["answers"])
-        answers = [rollout(m, data[key], most, toy.EOS, 0)[0][0] for m, key in asked]
-        shown = [toy.decode(data[k][0]) for k in ("prompts", "demonstrations", "answers")]
-        print("{:10}{:15}{:8}".format(*shown) + "".join(f"{toy.decode(a):7}" for a in answers))
-
-
-def draw(results, path):
-    """Accuracy over the stages: SFT on the left, SDFT on the right."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no figure, since matplotlib is missing: pip install matplotlib")
-    plt.switch_backend("Agg")
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for panel, arm in zip(panels, ("sft", "sdft")):
-        rows = [results["base"], *results[arm]]
-        for column in [*toy.NEW, "prior"]:
-            style = "k--o" if column == "prior" else "-o"
-            panel.plot([row[column] for row in rows], style, label=column)
-        panel.set_xticks(range(4), ["base", *(f"after {row['after']}" for row in results[arm])])
-        panel.set(title=arm.upper(), ylim=(-0.03, 1.03))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy accuracy on unseen inputs")
-    panels[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-    write_whole(path, lambda tmp: figure.savefig(tmp, format="png", dpi=150, bbox_inches="tight"))
 
 
 def write_whole(path, write):

@@ -60,7 +60,9 @@ def sample_row(tokens, student_log_probs, teacher_log_probs, decode, divergence,
         return decoded if isinstance(decoded, str) else decoded.decode("utf-8", "backslashreplace")
 
     def likeliest(probs):
-        return [[int(i), text([int(i)]), short(probs[i])] for i in np.argsort(-probs)[:3]]
+        few = np.argpartition(-probs, min(3, len(probs) - 1))[:3]  # a vocabulary is large to sort
+        few = few[np.argsort(-probs[few])]
+        return [[int(i), text([int(i)]), short(probs[i])] for i in few]
 
     scored = []
     for t, i in enumerate(map(int, tokens)):

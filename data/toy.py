@@ -200,6 +200,19 @@ def skill(name, split, seed=0, style="expert", n_digits=N_DIGITS):
     }
 
 
+def prompts_to_watch(sets, n_new):
+    """The first rows of {name: data} as data/watch.py takes them: n_new of a new skill, else 1."""
+    keys = ("prompts", "teacher_prompts", "demonstrations", "answers")
+    names = ("prompt", "teacher_prompt", "demonstration", "expected")
+    rows = []
+    for name, data in sets.items():
+        kind, n = ("new", n_new) if name in NEW else ("prior", 1)
+        for ids in zip(*(data[key][:n] for key in keys)):
+            rows.append(dict(zip(names, map(decode, ids)), kind=kind, answer=ids[3]))
+            rows[-1] |= {"student_ids": ids[0], "teacher_ids": ids[1]}
+    return rows
+
+
 # --- Facts ---------------------------------------------------------------------------------------
 
 FACTS = {"known": (0, 60), "new": (60, 80), "val": (80, 100)}  # of the entities in the seed's order

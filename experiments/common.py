@@ -139,7 +139,7 @@ def train_to_match(other, student, seed, settings, name="X", every=5):
     target = evaluate(other, validation_inputs)[0][name] - 0.02
     student, done, matched = copy.deepcopy(student), 0, False
 
-    def stop_if_matched(loss):
+    def stop_if_matched(loss, teacher):
         nonlocal done, matched
         done += 1
         if done % every == 0:

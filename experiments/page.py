@@ -2,7 +2,7 @@
 
     python -m experiments.page out/toy                       # writes out/toy/page.html
     python -m experiments.page out/a out/b --out both.html   # several runs, overlaid
-    chromium --headless --window-size=1200,2000 --screenshot=page.png out/toy/page.html
+    chromium --headless --hide-scrollbars --window-size=1000,1150 --screenshot=page.png PAGE.html
 
 A RUN is the --out_dir of a training. The page is one file; it needs no server and no network. It
 shows what it finds, and says what is missing, of
@@ -10,7 +10,7 @@ shows what it finds, and says what is missing, of
     results.json   "config"; "command" that made the run; "base", "final" or an arm's name: scores
                    {name: number}, or a list of them, each with what it is "after"
     samples.jsonl  see data/samples.py
-    metrics.jsonl  rows with phase, skill, step, any of METRICS, and "warnings", a list of sentences
+    metrics.jsonl  rows with phase, skill, step, loss, and the keys of data/watch.py
 """
 
 import argparse
@@ -23,8 +23,9 @@ from data import samples
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 METRICS = (
-    *("loss", "new", "prior", "teacher_accuracy", "length", "never_ended", "rollouts_correct"),
+    *("loss", "new", "prior", "teacher_accuracy", "never_ended", "rollouts_correct"),
     *("kl_student_base", "kl_teacher_base", "student_entropy", "teacher_entropy"),
+    "response_length",
 )
 MISSING = {
     "results.json": "the run goes on or was interrupted, so that there are no settings yet",
@@ -176,9 +177,8 @@ def curves(run):
             curve["stages"].append([skill, 0])
         curve["stages"][-1][1] = max(curve["stages"][-1][1], step)
         for metric in METRICS:
-            # The toy's log lines have a new skill's accuracy under its name.
-            value = row.get(metric, row.get(skill) if metric == "new" else None)
-            if number(value) is not None:
+            value = number(row.get(metric))
+            if value is not None:
                 point = [len(curve["stages"]) - 1, step, value]
                 curve["points"].setdefault(metric, []).append(point)
     base = phases.pop("base", {"points": {}})["points"]

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import samples, watch
 from data.scoring import contains
 from experiments import runner
 from experiments.common import options
@@ -189,10 +190,9 @@ def sft_loss_of(facts, student, tokenizer):
 
 
 def learn(
-    student, base, tokenizer, facts, seed, method, lr, steps, alpha=0.0, batch_size=8, **settings
+    student, teacher, tokenizer, facts, seed, method, lr, steps, alpha=0.0, batch_size=8, **settings
 ):
-    """A generator of the losses, one per update of the student."""
-    teacher = copy.deepcopy(base) if alpha else base
+    """A generator of the losses, one per update of the student, and with `alpha` of the teacher."""
     optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.0, fused=True)
     torch.manual_seed(seed)
     order = []
@@ -325,10 +325,20 @@ def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, stop, se
     """
     course, steps, start = {}, settings["steps"], time.perf_counter()
     every = max(1, steps // (2 if options.quick else LOOKS))
-    for step, loss in enumerate(learn(student, base, tokenizer, facts, seed, **settings), 1):
+    teacher = copy.deepcopy(base) if settings.get("alpha") else base
+    rows = rows_to_watch(tokenizer, facts, asked["prior"], settings.get("teacher_reads", "both"))
+    record = recorder((student, teacher, base), tokenizer, rows, arm, seed, settings)
+
+    def look(step, loss=None):
+        new, prior = (share(answers(student, tokenizer, asked[name])) for name in ("new", "prior"))
+        record(step, {"loss": loss, "new": new, "prior": prior})
+        return new, prior
+
+    look(0)
+    for step, loss in enumerate(learn(student, teacher, tokenizer, facts, seed, **settings), 1):
         if step % every:
             continue
-        new, prior = (share(answers(student, tokenizer, asked[name])) for name in ("new", "prior"))
+        new, prior = look(step, loss)
         course |= {f"new@{step}": new, f"prior@{step}": prior}
         left = (time.perf_counter() - start) / step * (steps - step)
         print(
@@ -339,6 +349,68 @@ def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, stop, se
         if stop and new >= stop:
             break
     return {"updates": step} if stop else course  # seeds stop at different ones
+
+
+# --- Looks, for the page --------------------------------------------------------------------------
+
+
+def recorder(models, tokenizer, rows, arm, seed, settings):
+    """A function that adds a look of data/watch.py to the folder of the arm and the seed."""
+    folder, looks = options.out_dir / "real_model_runs" / f"{arm}, seed {seed}", []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier run
+    config = settings | {"arm": arm, "seed": seed, "model": options.model, "dtype": options.dtype}
+    results = {"config": config, "command": "python -m experiments.real_model"}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    if settings["method"] == "sft":
+        models = models[0], None, models[2]
+
+    def record(step, scores):
+        about = {"phase": arm, "skill": None, "step": step}
+        divergence = settings.get("divergence", "reverse")
+        seen, said = watch.look(models, rows, *tools(tokenizer), divergence, **about)
+        looks.append(about | scores | seen)
+        warnings = watch.warnings(looks)
+        samples.append(folder / "metrics.jsonl", [looks[-1] | {"warnings": warnings}])
+        samples.append(folder / "samples.jsonl", said)
+        for sentence in warnings:
+            print(f"  {arm}, seed {seed}  warning: {sentence}", flush=True)
+
+    return record
+
+
+def rows_to_watch(tokenizer, facts, prior, teacher_reads, n=8):
+    """The first facts and prior questions as data/watch.py takes them."""
+    rows = []
+    for fact in facts[:n]:
+        texts = student_context(fact["prompt"]), READS[teacher_reads](fact["prompt"], fact)
+        shown = fact["article"] if teacher_reads == "article" else fact["demonstration"]
+        rows.append((*texts, shown, fact["answer"], "new"))
+    rows += [(text, text, "", answer, "prior") for _, text, answer in prior[: watch.N_SAMPLES]]
+    names = ("prompt", "teacher_prompt", "demonstration", "expected", "kind")
+    rows = [dict(zip(names, row)) for row in rows]
+    for row in rows:
+        row |= {"student_ids": chat(tokenizer, row["prompt"])}
+        row |= {"teacher_ids": chat(tokenizer, row["teacher_prompt"])}
+    return rows
+
+
+def tools(tokenizer):
+    """How data/watch.py lets a model respond, and scores and judges the response."""
+
+    def say(model, prompts, greedy):
+        with torch.random.fork_rng(devices=[]):  # training samples from the global stream
+            torch.manual_seed(0)
+            return respond(model, prompts, tokenizer.eos_token_id, sample=not greedy)
+
+    def score(model, prompts, completions):
+        with torch.no_grad():
+            return completion_logits(model, prompts, completions).float().numpy()
+
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=len(ids) > 1)
+    judge = lambda ids, row: is_correct(text(ids), row["expected"])
+    return say, score, judge, text, tokenizer.eos_token_id
 
 
 def figure(rows, plt):

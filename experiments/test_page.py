@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import train_toy
 from data import samples
 from experiments import page
 from model import GPT, GPTConfig
@@ -235,9 +239,9 @@ def test_page_tells_when_forgetting_began(tmp_path, prior, words):
 
 
 def test_base_row_opens_every_curve(tmp_path):
-    """A row of phase "base" stands for all arms at step 0; the toy names a skill's accuracy X."""
+    """A row of phase "base" stands for all arms at step 0."""
     rows = [{"phase": "base", "step": 0, "prior": 0.99}, {"phase": "sft", "skill": "X", "step": 40}]
-    rows[1] |= {"X": 0.5, "prior": 0.25, "loss": float("nan")}
+    rows[1] |= {"new": 0.5, "prior": 0.25, "loss": float("nan")}
     (arm,) = page_of(tmp_path, metrics=lines(rows))["arms"]
     assert arm["points"] == {"new": [[0, 40, 0.5]], "prior": [[0, 0, 0.99], [0, 40, 0.25]]}
 
@@ -472,3 +476,82 @@ def test_pages_of_parts_and_of_several_runs(browser, run, tmp_path):
         assert browser.get_log("browser") == []
         assert browser.execute_script("return document.querySelectorAll('section').length") >= 2
     assert len(texts(browser, ".legend li")) == 6
+
+
+# --- Runs of the trainers, in a browser -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """train_toy.py in miniature."""
+    out = tmp_path_factory.mktemp("toy") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "TEACHER_GATE", 0)
+        patch.setattr(train_toy, "MODEL", train_toy.MODEL | {"n_layer": 1, "n_embd": 16})
+        train_toy.main(f"--pretrain_steps 9 --steps 3 --sft_steps 3 --out_dir {out}".split())
+    return out
+
+
+@pytest.fixture(scope="module")
+def gpt2_run(tmp_path_factory):
+    """python -m gpt2.train on random weights, whose tokens are bytes: half characters abound."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    GPT(GPTConfig(512, 257, 1, 2, 16)).save_pretrained(folder / "base")
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    vocab = {letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}
+    (folder / "base" / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "base" / "merges.txt").write_text("#version: 0.2\n")
+    rows = [{"prompt": f"{EVIL} {i}\n", "demonstration": EVIL, "answer": "x"} for i in range(4)]
+    samples.append(folder / "data.jsonl", rows)
+    samples.append(folder / "prior.jsonl", [{"prompt": "\u05e9\u05dc", "answer": "\u202e"}])
+    words = (
+        "--steps 4 --eval_every 2 --batch_size 2 --max_new_tokens 8 --device cpu --init_from base"
+    )
+    words += " --data data.jsonl --eval prior.jsonl --out_dir out"
+    command = [sys.executable, "-m", "gpt2.train", *words.split()]
+    path = {"PYTHONPATH": str(Path(page.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=folder, env=path, check=True, capture_output=True)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("trainer", ["toy_run", "gpt2_run"])
+def test_page_of_a_real_run_works_in_a_browser(trainer, browser, request):
+    """Every token of its samples; pointer, keys and slider change what is shown; no error."""
+    from selenium.webdriver import ActionChains, Keys
+
+    out = request.getfixturevalue(trainer)
+    data, tracks = written(out)[1], {}
+    for row in samples.read(out / "samples.jsonl")[0]:
+        if row["role"] == "student":
+            tracks.setdefault((row["prompt"], row["phase"].upper()), []).append(row)
+    assert not data["note"] and not data["runs"][0]["notes"]  # nothing is left out
+    assert {"kl_teacher_base", "never_ended", "new", "prior"} <= {*data["arms"][-1]["points"]}
+    browser.get((out / "page.html").as_uri())
+    for i, prompt in enumerate(data["prompts"]):
+        set_value(browser, "prompt", i)
+        for arm in {row["arm"] for row in prompt["steps"]}:
+            set_value(browser, "arm", arm)
+            rows = tracks.pop((prompt["prompt"], data["arms"][arm]["label"]))
+            for step, row in enumerate(rows):
+                set_value(browser, "step", step)
+                tokens = [token["text"] for token in row["tokens"]]
+                assert texts(browser, "#response .token", "data-text") == tokens
+            assert texts(browser, "#teacher-prompt mark") == [row["demonstration"]] * (
+                row["demonstration"] != ""
+            )
+    assert tracks == {}
+    set_value(browser, "step", 0)
+    before = texts(browser, "#step", "aria-valuetext")
+    browser.find_element("id", "step").send_keys(Keys.ARROW_RIGHT)
+    assert "before training" in before[0] and texts(browser, "#step", "aria-valuetext") != before
+    last = browser.find_elements("css selector", "#response .token")[-1]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", last)
+    ActionChains(browser).move_to_element(last).perform()
+    count = len(texts(browser, "#response .token"))
+    assert texts(browser, "#detail")[0].startswith(f"Token {count} of {count}")
+    last.send_keys(Keys.HOME)
+    assert texts(browser, "#detail")[0].startswith(f"Token 1 of {count}")
+    assert browser.execute_script("return window.ran === undefined")
+    assert [entry["message"] for entry in browser.get_log("browser")] == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import samples
 from experiments import common, real_model, runner
 from sdft import sdft_loss
 
@@ -108,11 +109,12 @@ def test_other_inputs_run_the_arms_again(monkeypatch):
 def test_stopping_at_the_first_look_that_reaches(tmp_path, monkeypatch):
     """It stops by accuracy on the new facts, not by the prior ones, and tells when."""
     vars(common.options).update(out_dir=tmp_path, quick=False)
-    shares = iter([0.1, 0.9, 0.6, 0.9])  # new and prior at two looks
+    shares = iter([0.7, 0.9, 0.1, 0.9, 0.6, 0.9])  # new and prior, before and at two looks
     monkeypatch.setattr(real_model, "LOOKS", 2)
     monkeypatch.setattr(real_model, "learn", lambda *a, steps, **kw: iter([1.0] * steps))
     monkeypatch.setattr(real_model, "answers", lambda *a: [])
     monkeypatch.setattr(real_model, "share", lambda rows: next(shares))
+    monkeypatch.setattr(real_model, "recorder", lambda *a: lambda step, scores: None)
     asked = {"new": [], "prior": []}
     course = real_model.train_with_looks(
         None, None, None, [], asked, 0, "sft, stopped", 0.5, dict(steps=4)
@@ -280,6 +282,43 @@ def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch
         written = json.loads(file.read_text())
         assert len(written["new"]) == 2
         assert {*written["new"][0]} == {"question", "answer", "right"}
+        folder = tmp_path / "real_model_runs" / f"{row['arm']}, seed 0"
+        assert folder.exists() == ("steps" in arm)
+        if "steps" in arm:
+            looks, said = (samples.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
+            assert [look["step"] for look in looks] == [0, 2]
+            assert ("teacher_accuracy" in looks[0]) == (arm["method"] == "sdft")
+            shown = [sample for sample in said if sample["role"] == "student"]
+            kinds = ["new", "new", "prior", "prior"]
+            assert [(s["step"], s["kind"]) for s in shown] == [
+                (n, k) for n in (0, 2) for k in kinds
+            ]
+            facts = rows("real_facts")[:2]
+            for sample, fact in zip(shown, facts):
+                wanted = real_model.READS[arm.get("teacher_reads", "both")](fact["prompt"], fact)
+                assert sample["teacher_prompt"] == wanted and sample["expected"] == fact["answer"]
+                hint = "article" if arm.get("teacher_reads") == "article" else "demonstration"
+                assert sample["demonstration"] == fact[hint] and sample["prompt"] == fact["prompt"]
     assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
     assert (tmp_path / "real_model.png").exists() or not importlib.util.find_spec("matplotlib")
     assert "s left" in capsys.readouterr().out
+
+
+def test_looks_leave_the_training_as_it_is(tiny, monkeypatch, tmp_path):
+    """They sample too, but not from the stream that the training draws from."""
+    monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
+    base, tokenizer = tiny
+    facts, prior = real_model.load_rows("real_facts")[:2], real_model.load_rows("real_prior")[:2]
+    rows = real_model.rows_to_watch(
+        tokenizer, facts, real_model.questions([], prior)["prior"], "both"
+    )
+    vars(common.options).update(out_dir=tmp_path)
+    students, settings = [], dict(method="sdft", lr=1e-2, steps=4, batch_size=2)
+    for looks in (False, True):
+        student = copy.deepcopy(base)
+        record = real_model.recorder((student, base, base), tokenizer, rows, "a", 0, settings)
+        for step, _ in enumerate(real_model.learn(student, base, tokenizer, facts, 0, **settings)):
+            if looks:
+                record(step, {})
+        students.append(student.state_dict())
+    torch.testing.assert_close(*students, rtol=0, atol=0)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import sys
 from decimal import Decimal, localcontext
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 from torch.testing import assert_close
 
 import train_toy
-from data import scoring, toy
+from data import samples, scoring, toy
+from experiments import page
 from model import GPT, GPTConfig
 from sdft import train_step
 
@@ -192,7 +194,7 @@ def fine_tuned(seed, steps=14):
         return len(seen)
 
     data = {key: rows[:50] for key, rows in toy.skill("X", "train").items()}
-    end, student = lambda loss: loss == steps - 1, toy_gpt()
+    end, student = lambda loss, teacher: loss == steps - 1, toy_gpt()
     teacher = train_toy.fine_tune(
         student, data, step, 0.5, steps, 20, seed, end, setting="passed on"
     )
@@ -247,14 +249,16 @@ SMALL = {"n_layer": 1, "n_embd": 16}
 RIGHT = {("test", 0): "XAB", ("test", 1): "YA", ("val", 0): "ZABC", ("shown", 0): "YZ"}
 
 
+def answers_of_seed_7():
+    """{question, as "?X425": (its split, its answer)}"""
+    rows = [(s, row) for k in toy.KNOWN for s in SPLITS for row in texts(toy.skill(k, s, seed=7))]
+    return {x[:-1]: (split, answer) for split, (x, _, _, answer) in rows}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """train_toy.main with known answers: the base ends at the gate, then --base takes it again."""
-    truth, bases, out = {}, [], tmp_path_factory.mktemp("run")
-    for name in toy.KNOWN:
-        for split in SPLITS:
-            rows = texts(toy.skill(name, split, seed=7))
-            truth |= {x[:-1]: (split, name, answer) for x, _, _, answer in rows}
+    truth, bases, out = answers_of_seed_7(), [], tmp_path_factory.mktemp("run")
 
     def known_answers(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
         """Right in the skills of RIGHT only, and in X only if the model is not the base."""
@@ -262,7 +266,7 @@ def run(tmp_path_factory):
         ys = []
         for prompt in map(toy.decode, prompts):
             question, _, shown = prompt[:-1].partition("!")
-            split, name, answer = truth[question]
+            (split, answer), name = truth[question], prompt[1]
             right = name in RIGHT.get(("shown" if shown else split, temperature), "")
             right &= name != "X" or not torch.equal(bases[0], bases[-1])
             ys.append(toy.encode(answer if right else "." * len(answer)))
@@ -306,17 +310,52 @@ def test_tables_measure_test_and_logs_validation_inputs(run):
         assert results[arm] == [{"after": skill} | row for skill in "XYZ"]
         for skill, accuracy in ("X", 0), ("Y", 0), ("Z", 1):
             lines = [line for line in log if (line["phase"], line["skill"]) == (arm, skill)]
-            assert lines and all(m[skill] == accuracy and m["prior"] == 3 / n for m in lines)
+            assert lines and all(m["new"] == accuracy and m["prior"] == 3 / n for m in lines)
 
 
-def test_table_and_examples_are_printed(run):
-    """The accuracies after X, and what base, SFT and SDFT answer to one prompt."""
+def test_table_and_command_of_the_page_are_printed(run):
+    """The accuracies after X; the closing line makes the page of this very run."""
     printed = (run / "printed.txt").read_text()
     row = [f"{accuracy:.2f}" for accuracy in (1, 0, 0, 2 / len(toy.PRIOR))]
     assert ["X", *row, *row] in [line.split() for line in printed.splitlines()]
-    example = re.search(r"^\?X\d+= +[a-j]+\. +(\d+\.) .*", printed, re.M)
-    right = example[1]
-    assert example[0].split()[3:6] == ["." * len(right), right, right]
+    command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
+    assert command[:3] == ["python", "-m", "experiments.page"]
+    page.main(command[3:])
+    assert "--sft_style=own" in (run / "page.html").read_text()  # the run's own command
+
+
+def test_samples_show_the_same_prompts_through_training(run):
+    """Before, during and after every skill: three of it, three prior ones, none trained on."""
+    rows, truth, skills = samples.read(run / "samples.jsonl")[0], answers_of_seed_7(), {}
+    for row in rows:
+        new = row["prompt"][1] == row["skill"]
+        split, right = truth[row["prompt"][:-1]]
+        assert split == "val" and row["expected"] == right and new == (row["kind"] == "new")
+        assert row["teacher_prompt"] == f"{row['prompt'][:-1]}!{row['demonstration']}="
+        said = "".join(token["text"] for token in row["tokens"])
+        assert row["response"] == said and row["correct"] == (said == right)
+        if row["role"] == "student":
+            track = skills.setdefault((row["phase"], row["skill"]), {})
+            track.setdefault(row["step"], []).append(row["prompt"])
+    assert [*skills] == [(arm, skill) for arm in ("sft", "sdft") for skill in "XYZ"]
+    for (arm, _), track in skills.items():
+        assert [*track] == [*range(FLAGS["steps" if arm == "sdft" else "sft_steps"] + 1)]
+        assert all(prompts == track[0] and len({*prompts}) == 6 for prompts in track.values())
+    teacher = [row for row in rows if row["role"] == "teacher"]
+    assert [row["step"] for row in teacher] == [0] * 36  # both arms, three skills
+
+
+def test_log_tells_teacher_and_student_apart(run):
+    """The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher."""
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in [row for row in log if row["skill"]]:
+        assert row["rollouts_correct"] == row["never_ended"] == 0
+        found = row.get("teacher_accuracy")
+        assert found == (None if row["phase"] == "sft" else float(row["skill"] in "YZ"))
+        told = " ".join(row["warnings"])
+        first = (row["phase"], row["skill"], row["step"]) == ("sdft", "X", 0)
+        assert ("the teacher answers 0% right" in told) == first
+    assert "warning: the teacher answers 0%" in (run / "printed.txt").read_text()
 
 
 def test_damaged_base_is_refused(run, tmp_path, monkeypatch):

@@ -95,7 +95,8 @@ def forget_after(path, step, last):
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            if row["step"] <= step and not ("eval" in row and row["step"] == last):
+            looked = "eval" in row or "tokens" in row  # metrics.jsonl's, samples.jsonl's
+            if row["step"] <= step and not (looked and row["step"] == last):
                 keep.append(line + "\n")
         except (ValueError, KeyError, TypeError, RecursionError):
             pass

@@ -69,7 +69,7 @@ def flags(base, data, out, *more, steps=4):
     argv = ["--init_from", base, "--data", data / "train.jsonl", "--ood", data / "ood.jsonl"]
     argv += ["--eval", data / "prior.jsonl", "--out_dir", out, "--device", "cpu"]
     argv += f"--steps {steps} --batch_size 4 --max_new_tokens 6 --lr 1e-3 --warmup 2".split()
-    argv += "--log_every 1 --eval_every 2 --sample_every 2 --save_every 2".split()
+    argv += "--log_every 1 --eval_every 2 --save_every 2".split()
     return [str(word) for word in [*argv, *more]]
 
 

@@ -84,12 +84,6 @@ def load_encoding(folder):
     )
 
 
-def decode_token(enc, token):
-    """Text of one token; an id beyond the encoding, as padded vocabularies have, is U+FFFD."""
-    known = enc.decode_single_token_bytes(token) if token <= enc.eot_token else b"\xff"
-    return known.decode("utf-8", "replace")
-
-
 def decode(enc, tokens):
     """Text of token ids up to the end token."""
     tokens = tokens[: tokens.index(enc.eot_token)] if enc.eot_token in tokens else tokens

@@ -1,4 +1,4 @@
-"""What a model can do: scores, samples, and tables of them."""
+"""What a model can do: scores, and tables of them."""
 
 import json
 import math
@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from data.scoring import contains, is_exact
-from gpt2.data import batches, decode, decode_token, pad_right
-from gpt2.fast import rollout as rollout_rows
+from gpt2.data import batches, decode, pad_right
 from sdft import completion_logits, rollout, token_divergence
 
 COLUMNS = {  # of the tables: score -> heading and format
@@ -108,33 +107,6 @@ def likeliest(model, questions, eos_id, batch_size):
 
 def device_of(model):
     return next(model.parameters()).device
-
-
-@torch.no_grad()
-def samples(student, teacher, rows, enc, max_new_tokens, temperature, divergence, generators):
-    """What the student says to the rows' prompts, a dict per row for samples.jsonl.
-
-    Every token comes with its divergence in nats and the teacher's three likeliest tokens there.
-    """
-    prompts, teacher_prompts = ([row[key] for row in rows] for key in ("prompt_ids", "teacher_ids"))
-    completions, mask = rollout_rows(
-        student, prompts, max_new_tokens, enc.eot_token, temperature, generators
-    )
-    logits = completion_logits(student, prompts, completions)  # (B, C, V)
-    teacher_logits = completion_logits(teacher, teacher_prompts, completions)  # (B, C, V)
-    per_token = token_divergence(logits, teacher_logits, divergence).tolist()
-    top = teacher_logits.float().softmax(-1).topk(3)
-    out = []
-    for b, row in enumerate(rows):
-        tokens = []
-        for t, token in enumerate(completions[b, : int(mask[b].sum())].tolist()):
-            likely = zip(top.indices[b, t].tolist(), top.values[b, t].tolist())
-            likely = [[decode_token(enc, i), round(p, 4)] for i, p in likely]
-            part = {"token": decode_token(enc, token), "divergence": round(per_token[b][t], 5)}
-            tokens.append(part | {"teacher": likely})
-        response = decode(enc, completions[b].tolist())
-        out.append({"prompt": row["prompt"], "response": response, "tokens": tokens})
-    return out
 
 
 # --- Tables ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from gpt2 import checkpoint, evaluate, fast, settings
+from gpt2 import checkpoint, evaluate, fast, look, settings
 from gpt2.data import TEMPLATES, RowReader, load_encoding, read_template
 from model import GPT
 
@@ -53,16 +53,20 @@ class Run:
         with settings.autocast(args, self.device):
             decoder = fast.RolloutGPT.of(model)
             scores = evaluate.evaluate(decoder, self.sets, self.enc, *limits, base)
-        checkpoint.append_line(self.out / "metrics.jsonl", {"step": self.step, "eval": scores})
+            models = model, self.teacher if args.method == "sdft" else None, self.base
+            seen, said = look.look(models, self.sets, self.enc, args, self.step)
+        row = {"phase": args.method, "step": self.step, "eval": scores}
+        row |= {k: scores[s] for k, s in look.SCORES.items() if s in scores} | seen
+        looks, warnings = look.record(self.out, row, said)
+        for sentence in warnings:
+            self.say(f"warning: {sentence}")
+        if args.keep == "best" and self.step and look.is_best(row, looks):
+            self.save_best()
         return scores
 
-    def save_samples(self, rows, generators):
-        args, decoder = self.args, fast.RolloutGPT.of(self.student)
-        how = args.max_new_tokens, args.temperature, args.divergence, generators
-        with settings.autocast(args, self.device):
-            lines = evaluate.samples(decoder, self.teacher, rows, self.enc, *how)
-        for line in lines:
-            checkpoint.append_line(self.out / "samples.jsonl", {"step": self.step} | line)
+    def save_best(self):
+        checkpoint.save_model(self.student, self.out / "best")
+        checkpoint.copy_tokenizer(checkpoint.source_folder(self.args.init_from), self.out / "best")
 
     def save(self):
         state = {"args": vars(self.args), "step": self.step, "inputs": self.inputs}
@@ -90,6 +94,10 @@ def prepare(args, saved, device, rank, n_processes):
     sets, notes, crcs = read_data(args, enc, base.config.block_size)
     check_unchanged(crcs, saved)
     inputs |= crcs
+    if args.keep == "best" and not sets["test"]:
+        raise ValueError(
+            "--keep best needs a score: name --test, or add an answer to --data's rows"
+        )
     student = copy.deepcopy(base)
     base.requires_grad_(False)
     # A teacher that never moves is the base. SFT has one for samples.jsonl only.

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 
 import torch
@@ -32,6 +33,10 @@ CHOICES = {  # flag: (choices, the default first; help)
         ("ema", "frozen", "live"),
         "the teacher's weights: moving average of the student, the start, the student itself",
     ),
+    "keep": (
+        ("last", "best"),
+        "best: also the weights of the evaluation with the best score on --test, in OUT_DIR/best",
+    ),
     "dtype": (
         ("auto", "float32", "bfloat16"),
         "of the arithmetic; weights, optimizer and EMA stay in float32; auto is bfloat16 on GPUs "
@@ -56,8 +61,7 @@ NUMBERS = {  # flag: (default, lowest, highest, help)
     "grad_clip": (1.0, 1e-6, 1e6, "largest gradient norm"),
     "seed": (0, 0, 2**63 - 1, "of the order of the rows and of the sampling"),
     "log_every": (10, 1, 2**31, "updates between log lines"),
-    "eval_every": (50, 1, 2**31, "updates between evaluations"),
-    "sample_every": (50, 1, 2**31, "updates between samples"),
+    "eval_every": (50, 1, 2**31, "updates between evaluations, each with samples"),
     "save_every": (50, 1, 2**31, "updates between checkpoints; the newest two are kept"),
 }
 
@@ -107,6 +111,15 @@ def parse_args(description, argv=None):
         p.error("--out_dir is missing: name a folder for what the run writes")
     words = sys.argv[1:] if argv is None else argv
     return args, {word[2:].split("=")[0] for word in words if word.startswith("--")}
+
+
+def command(args):
+    """The command line of a run: the flags that are not at their defaults."""
+    words, defaults = ["python", "-m", "gpt2.train"], vars(parse_args("", ["--out_dir", "."])[0])
+    for name, value in vars(args).items():
+        if value != defaults[name] and name != "resume":
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def check(args):

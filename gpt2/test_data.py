@@ -89,7 +89,6 @@ def test_special_tokens_in_data_are_text(tmp_path):
 def test_decoding_stops_at_the_end_token():
     """And an id beyond the encoding, as in padded vocabularies, becomes U+FFFD."""
     assert data_file.decode(BYTES, [72, 105, 300, 256, 72]) == "Hi\ufffd"
-    assert data_file.decode_token(BYTES, 300) == "\ufffd"
 
 
 # --- What the teacher reads -----------------------------------------------------------------------

@@ -10,9 +10,7 @@ import torch.nn as nn
 
 from gpt2 import evaluate
 from gpt2.conftest import BYTES, error_of, small_gpt
-from gpt2.fast import rollout, row_generators
 from model import GPTConfig
-from sdft import completion_logits, sdft_loss
 
 EOS = BYTES.eot_token
 
@@ -130,29 +128,6 @@ def test_every_token_of_an_answer_must_be_likeliest():
         assert scores(model, prior=[question])["prior_acc"] == right
     questions = [dict(prompt_ids=[ord("1")], answer_ids=list(a.encode())) for a in answers]
     assert scores(model, prior=questions, batch_size=5)["prior_acc"] == pytest.approx(2 / 5)
-
-
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
-def test_samples_show_divergence_and_teacher(divergence):
-    """Per token in the run's direction, the teacher with its own prompt, its best three tokens."""
-    student, teacher = small_gpt(0, ends=3.0), small_gpt(1)
-    rows = [row("Q1", None, teacher="T long 1"), row("Q", None, teacher="T")]
-    limits, streams = (6, 1.0), row_generators(0, 0, range(2), "cpu")
-    out = evaluate.samples(student, teacher, rows, BYTES, *limits, divergence, streams)
-    prompts, teacher_prompts = ([r[k] for r in rows] for k in ("prompt_ids", "teacher_ids"))
-    streams = row_generators(0, 0, range(2), "cpu")
-    completions, mask = rollout(student, prompts, 6, EOS, 1.0, streams)
-    logits = completion_logits(student, prompts, completions)
-    teacher_logits = completion_logits(teacher, teacher_prompts, completions)
-    _, info = sdft_loss(logits, teacher_logits, mask, divergence)
-    for b, sample in enumerate(out):
-        n = int(mask[b].sum())
-        shown = [t["divergence"] for t in sample["tokens"]]
-        assert sample["prompt"] == rows[b]["prompt"]
-        assert shown == pytest.approx(info["divergence"][b, :n].tolist(), abs=1e-5)
-        likely = teacher_logits[b, :n].softmax(-1).max(-1).values.tolist()
-        assert [t["teacher"][0][1] for t in sample["tokens"]] == pytest.approx(likely, abs=1e-4)
-        assert all(len(t["teacher"]) == 3 for t in sample["tokens"])
 
 
 def write_results(folder, **changes):

@@ -3,12 +3,13 @@
 Two runs with every number changed, one per method, against direct calls of the functions.
 """
 
+import argparse
 import copy
 
 import pytest
 import torch
 
-from gpt2 import checkpoint, evaluate, fast, settings, train
+from gpt2 import checkpoint, evaluate, fast, look, settings, train
 from gpt2.conftest import EOS, flags, last_checkpoint, lines, metrics, weights, write_rows
 from gpt2.data import RowReader, load_encoding, minibatch, pad_right
 from gpt2.run import read_data
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 # Every number of settings.NUMBERS, none at its default.
 CHANGED = dict(ema_alpha=0.3, skip_tokens=1, temperature=0.8, max_new_tokens=7, steps=5)
 CHANGED |= dict(batch_size=3, micro_batch=2, lr=2e-3, warmup=3, weight_decay=0.5, grad_clip=0.05)
-CHANGED |= dict(seed=7, log_every=2, eval_every=3, sample_every=4, save_every=1)
+CHANGED |= dict(seed=7, log_every=2, eval_every=3, save_every=1)
 
 
 def schedule(step):
@@ -128,18 +129,27 @@ def test_scores_are_of_the_sets_named(method, changed_runs, direct, base, data):
     assert rows[0]["eval"]["kl_to_base"] == 0 < rows[2]["eval"]["kl_to_base"]
 
 
-def test_samples_are_the_steps_own(changed_runs, direct, base, data):
-    """The first three rows, --sample_every 4 and the end, by the student after the step."""
-    out, template, _ = changed_runs[0]["sdft"], *changed_runs[1:]
-    samples = lines(out / "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [4] * 3 + [5] * 3
-    reader = RowReader(load_encoding(base), 320, 7, template.read_text())
-    rows = {row["prompt"]: row for row in reader.read(data / "train.jsonl", reader.training)}
-    rows = [rows[sample["prompt"]] for sample in samples[3:]]
-    student, teacher, _ = direct["sdft"]
-    generators = fast.row_generators(7, 4, range(3), CPU)
-    expected = evaluate.samples(student, teacher, rows, reader.enc, 7, 0.8, "jsd", generators)
-    assert samples[3:] == [{"step": 5} | sample for sample in expected]
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_looks_are_at_the_models_of_the_step(method, changed_runs, direct, base, data):
+    """Metrics and samples at the end, by --seed, --temperature, --divergence and the template."""
+    out, template = changed_runs[0][method], changed_runs[1]
+    reader, start = RowReader(load_encoding(base), 320, 7, template.read_text()), None
+    sets = {"train": reader.read(data / "train.jsonl", reader.training)}
+    sets["prior"] = reader.read(data / "prior.jsonl", reader.prior)
+    (student, teacher, _), start = direct[method], checkpoint.load_model(str(base))
+    models = student, teacher if method == "sdft" else None, start
+    settings_of_run = argparse.Namespace(**CHANGED, method=method, divergence="jsd")
+    expected, said = look.look(models, sets, reader.enc, settings_of_run, 5)
+    row = [row for row in metrics(out) if "eval" in row][-1]
+    assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    assert (row["new"], row["prior"]) == (row["eval"]["lenient"], row["eval"]["prior_acc"])
+    written = [sample for sample in lines(out / "samples.jsonl") if sample["step"] == 5]
+    close = ("divergence", "student", "teacher", "reward")
+    for a, b in zip(written, said, strict=True):
+        assert a["response"] == b["response"] and a["teacher_prompt"] == b["teacher_prompt"]
+        for x, y in zip(a["tokens"], b["tokens"], strict=True):
+            found, wanted = ([token[k] for k in close] for token in (x, y))
+            assert found == pytest.approx(wanted, rel=0.05, abs=1e-3)
 
 
 def test_checkpoints_come_as_often_as_asked(changed_runs):

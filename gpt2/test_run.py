@@ -111,6 +111,7 @@ def test_resuming_a_finished_run_repeats_no_line(tmp_path, finished, monkeypatch
     for _ in range(2):
         resume(out)
         assert metrics(out) == metrics(finished)
+        assert lines(out / "samples.jsonl") == lines(finished / "samples.jsonl")
         for name in ("base", "final", "config"):
             assert results(out)[name] == results(finished)[name] | changed.get(name, {})
     (out / "results.json").unlink()
@@ -174,7 +175,7 @@ def test_an_explosion_names_both_checkpoints(tmp_path, base, data, monkeypatch):
     """Weights of 1e30 are finite, are saved, and end every step after them."""
     out, rates = tmp_path / "out", {3: 1e30}
     monkeypatch.setattr(settings, "learning_rate", lambda step, *_: rates.get(step, 1e-3))
-    message = error_of(*flags(base, data, out, "--eval_every", 9, "--sample_every", 9, steps=6))
+    message = error_of(*flags(base, data, out, "--eval_every", 9, steps=6))
     older, newest = checkpoint.run_checkpoints(out / "checkpoints")
     assert [int(file.name[:8]) for file in (older, newest)] == [2, 4]
     for message in (message, error_of("--resume", "--out_dir", out)):

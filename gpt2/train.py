@@ -145,13 +145,12 @@ def train(run):
 
         if run.rank == 0 and (run.step % args.log_every == 0 or done):
             now = time.perf_counter()
+            about = {"phase": args.method, "step": run.step}
             metrics |= {"lr": rate, "tokens_per_s": tokens / (now - last), "seconds": now - start}
-            checkpoint.append_line(run.out / "metrics.jsonl", {"step": run.step} | metrics)
+            checkpoint.append_line(run.out / "metrics.jsonl", about | metrics)
             left = (now - start) / (run.step - first) * (args.steps - run.step)
             run.say(head + LOG_LINE[args.method].format(**metrics, left=left))
             last, tokens = now, 0
-        if run.rank == 0 and (run.step % args.sample_every == 0 or done):
-            run.save_samples(rows[:3], fast.row_generators(*streams)[:3])
         if run.rank == 0 and run.step % args.eval_every == 0 and not done:
             run.say(head + evaluate.line_of(run.evaluate(run.student)))
             last, tokens = time.perf_counter(), 0
@@ -203,12 +202,6 @@ def fine_tune(args, given, rank, n_processes, stack):
         if not saved:
             run.base_scores = run.evaluate(run.base)
             run.save()  # from here on the folder can be resumed
-        able = run.base_scores.get("as_teacher", 1)
-        if args.method == "sdft" and able < 0.5:
-            run.say(
-                f"note: with the teacher's prompt the base answers {able:.0%} right, so there is "
-                "little to distil"
-            )
         run.say("base  " + evaluate.line_of(run.base_scores))
     if saved:
         run.say(f"resumed at step {run.step}")
@@ -226,7 +219,8 @@ def fine_tune(args, given, rank, n_processes, stack):
         final = run.evaluate(run.student)
         checkpoint.save_model(run.student, out)
         checkpoint.copy_tokenizer(checkpoint.source_folder(args.init_from), out)
-        results = {"config": vars(args), "base": run.base_scores, "final": final}
+        results = {"config": vars(args), "command": settings.command(args), "base": run.base_scores}
+        results["final"] = final
         results["seconds"] = time.perf_counter() - began
         text = json.dumps(results, indent=1) + "\n"
         checkpoint.write_atomically(out / "results.json", lambda tmp: tmp.write_text(text))
