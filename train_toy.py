@@ -218,8 +218,7 @@ def tools(max_new_tokens, seed):
 
     def respond(model, prompts, greedy):
         generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-        temperature = 0.0 if greedy else 1.0
-        return rollout(model, prompts, max_new_tokens, toy.EOS, temperature, generator)
+        return rollout(model, prompts, max_new_tokens, toy.EOS, float(not greedy), generator)
 
     score = lambda *context: completion_logits(*context).detach().cpu().numpy()
     is_correct = lambda ids, row: toy.is_correct(np.array([ids]), row["answer"][None])[0]
