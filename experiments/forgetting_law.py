@@ -22,13 +22,14 @@ from experiments import runner
 
 SOURCES = ("pareto", "controls", "demonstrations", "mismatch", "teacher_weights", "kl")
 KLS = ("KL", "KL forward")
-METHODS = {  # the first that an arm's name holds
+METHODS = {  # the first that an arm's name holds, in lower case
     "sft + replay": "replay",
     "sft + re-invoke": "re-invoke",
-    "sft + KL": "SFT + KL",
+    "sft + kl": "SFT + KL",
     "own style": "SFT, own style",
     "offline": "offline",
-    "dft": "SDFT",
+    "sdft": "SDFT",
+    "dft": "DFT",
     "sft": "SFT",
 }
 

@@ -41,7 +41,8 @@ def measure(seed, settings=None, original=False):
     start = student = teacher = base(seed)
     if original:
         settings = settings | dict(step=anchored(settings["step"], start))
-    stages = [*toy.HALF, *sorted(toy.COLD, key=lambda name: -toy.COLD[name])]
+    cold = toy.cold_skills(seed)
+    stages = [*toy.HALF, *sorted(cold, key=lambda name: -cold[name])]
     names = [*toy.PRIOR, *toy.HALF]
     test = {k: skill(k, "test", seed, n=100) for k in names}
     metrics, own = {}, []

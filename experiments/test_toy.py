@@ -6,6 +6,8 @@ and a stand-in for the model whose scores are known in advance.
 
 import contextlib
 import copy
+import functools
+import itertools
 import json
 import math
 import re
@@ -48,18 +50,45 @@ def texts(data):
     return [tuple(map(toy.decode, row)) for row in zip(*(data[key] for key in columns))]
 
 
-@pytest.mark.parametrize("name", toy.KNOWN)
-def test_answers_fold_one_table_over_the_digits(name):
-    """A result depends on the one before it and the next digit; in A it is their sum mod 10."""
-    table = {}
-    for prompt, _, _, answer in texts(toy.skill(name, "train")):
-        digits = re.fullmatch(rf"\?{name}(\d+)=", prompt)[1]
-        for pair, result in zip(zip(digits[0] + answer, digits[1:]), answer):
-            assert table.setdefault(pair, result) == result
-    assert name != "A" or all((int(a) + int(b)) % 10 == int(r) for (a, b), r in table.items())
+BY_HAND = {  # the prior skills in plain Python
+    "A": lambda a, b: (a + b) % 10,
+    "B": lambda a, b: (a - b) % 10,
+    "C": max,
+    "D": min,
+    "E": lambda a, b: abs(a - b),
+    "F": lambda a, b: a * b % 10,
+    "G": lambda a, b: (3 * a + b) % 10,
+    "H": lambda a, b: 9 - a if b % 2 else a,
+}
+NEW = dict(zip("XYZMNOPQRSTUVW", (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)))
+RIVALS = dict(zip("XYZMNOPQRSTUVW", "ACFBDEGHACFBDE"))
 
 
-@pytest.mark.parametrize("data", [toy.skill("X", "val"), toy.facts("new")])
+@functools.cache
+def rule(name):
+    """A skill's operation: by hand, or the decimals of its number's square root."""
+    with localcontext() as context:
+        context.prec = 120
+        decimals = str(Decimal(NEW.get(name, 2)).sqrt())[2:]
+    return BY_HAND.get(name, lambda a, b: int(decimals[10 * a + b]))
+
+
+def chain(name, digits):
+    """The answer of one skill's table: every result and the end token."""
+    results = itertools.accumulate(map(int, digits), rule(name))
+    return "".join(map(str, results))[1:] + "."
+
+
+@pytest.mark.parametrize("n_digits", [3, 5])
+@pytest.mark.parametrize("name", toy.NAMES)
+def test_answers_fold_one_table_over_the_digits(name, n_digits):
+    """A result depends on the one before it and the next digit."""
+    for prompt, _, _, answer in texts(toy.skill(name, "train", n_digits=n_digits)):
+        digits = re.fullmatch(rf"\?{name}(\d{{{n_digits}}})=", prompt)[1]
+        assert answer == chain(name, digits)
+
+
+@pytest.mark.parametrize("data", [toy.skill("X", "val"), toy.skill("Q", "val", 1, n_digits=5)])
 def test_teacher_prompts_show_the_answer_in_letters(data):
     """The question that the student reads, with the expert's demonstration for it."""
     for prompt, teacher_prompt, demonstration, answer in texts(data):
@@ -67,67 +96,125 @@ def test_teacher_prompts_show_the_answer_in_letters(data):
         assert demonstration == answer.translate(LETTERS)
 
 
-@pytest.mark.parametrize("name", toy.KNOWN)
-def test_splits_are_disjoint_and_depend_on_seed(name):
+@pytest.mark.parametrize("name, n_digits", [*itertools.product("AXR", (3, 5))])
+def test_splits_are_disjoint_and_depend_on_seed(name, n_digits):
     """An input both trained on and tested would hide what is only remembered."""
-    drawn = [[x for x, *_ in texts(toy.skill(name, split, 3))] for split in SPLITS]
-    assert len(set(sum(drawn, []))) == len(sum(drawn, []))
-    assert {*drawn[0]} != {x for x, *_ in texts(toy.skill(name, "train", 4))}
+    drawn = [texts(toy.skill(name, split, 3, n_digits=n_digits)) for split in SPLITS]
+    assert [*map(len, drawn)] == [400, 200, 400]
+    drawn = [[prompt for prompt, *_ in rows] for rows in drawn]
+    assert len(set(sum(drawn, []))) == 1000
+    other = {prompt for prompt, *_ in texts(toy.skill(name, "train", 4, n_digits=n_digits))}
+    assert len(other - {*drawn[0]}) > 200
 
 
-@pytest.mark.parametrize("batch", [toy.rivals_batch, toy.half_known_batch, toy.facts_batch])
-def test_pretraining_teaches_prior_skills_and_reading_demonstrations(batch):
-    """A demonstration shows the answer, its start or its end; new skills are only half known."""
-    data, rng = (
-        [texts(toy.skill(k, s)) for k in toy.KNOWN for s in SPLITS],
-        np.random.default_rng(0),
-    )
-    right, told = {x: answer for rows in data for x, _, _, answer in rows}, {"X": set(), "A": set()}
-    for _ in range(60):
-        for prompt, answer in zip(*(map(toy.decode, rows) for rows in batch(rng, 64, seed=0))):
-            own, shown = answer.translate(LETTERS), prompt.partition("!")[2][:-1]
-            assert own.startswith(shown[:-1]) or own.endswith(shown)
-            if prompt in right and prompt[1] in told:
-                told[prompt[1]].add(right[prompt] == answer)
-    assert batch is toy.facts_batch or told == {"X": {True, False}, "A": {True}}
+def lines_of(batch, batches, n, **world):
+    """Lines of pretraining: the question, what a demonstration shows, or "", and the answer."""
+    rng = np.random.default_rng(0)
+    for _ in range(batches):
+        for prompt, answer in zip(*(map(toy.decode, rows) for rows in batch(rng, n, **world))):
+            question, _, shown = prompt[1:-1].partition("!")
+            yield question, shown, answer
 
 
-OPERATIONS = {  # by hand: the decimals of a square root, and the prior skill that is its rival
-    "X": (2, lambda a, b: (a + b) % 10),
-    "Y": (3, max),
-    "Z": (5, lambda a, b: a * b % 10),
-}
+def cold(seed):
+    """The levels of R to V move on by one place with every seed."""
+    levels = [0, 0.03, 0.1, 0.3, 0.6] * 2
+    return dict(zip("RSTUV", levels[seed % 5 :]))
 
 
-def shares_of_own_and_rival_answers(batch):
-    """{first digit: (share of own answers, share of rival answers)} over X, Y and Z."""
-    given, rng = {}, np.random.default_rng(0)
-    for _ in range(150):
-        for prompt, answer in zip(*(map(toy.decode, rows) for rows in batch(rng, 256, seed=0))):
-            if prompt[1] in OPERATIONS and "!" not in prompt:
-                n, rival = OPERATIONS[prompt[1]]
-                with localcontext() as context:
-                    context.prec = 120
-                    decimals = str(Decimal(n).sqrt())[2:]
-                chains = []
-                for rule in (lambda a, b: int(decimals[10 * a + b]), rival):
-                    first = rule(int(prompt[2]), int(prompt[3]))
-                    chains.append(f"{first}{rule(first, int(prompt[4]))}." == answer)
-                given.setdefault(int(prompt[2]), []).append(chains)
-    return {digit: np.mean(chains, 0) for digit, chains in given.items()}
+@pytest.mark.parametrize("seed", [0, 3])
+def test_rivals_share_a_skill_by_first_digit(seed):
+    """HALF: own 80% of the time for 0 to 3, otherwise 25%; COLD: by the seed's level alone.
+
+    A whole answer is one of the two tables'. Of W neither is told.
+    """
+    given, expected = {}, {"W": {True: 0, False: 0}}
+    expected |= {name: {True: 0.8, False: 0.25} for name in "XYZMNOPQ"}
+    expected |= {name: {True: p, False: p} for name, p in cold(seed).items()}
+    for (name, *digits), shown, answer in lines_of(toy.rivals_batch, 120, 256, seed=seed):
+        if not shown and name in expected:
+            told = [answer == chain(which, digits) for which in (name, RIVALS[name])]
+            given.setdefault((name, digits[0] < "4"), []).append(told)
+    assert len(given) == 2 * len(expected)
+    for (name, low), told in given.items():
+        own, rival = np.mean(told, 0)
+        assert own == pytest.approx(expected[name][low], abs=0.1), name
+        # Now and then both are right, by chance.
+        assert own + rival == pytest.approx(0 if name == "W" else 1, abs=0.06), name
 
 
-def test_rivals_share_a_skill_by_first_digit():
-    """A whole answer is one of the two; own 80% of the time for 0 to 3, otherwise 25%."""
-    for digit, (own, rival) in shares_of_own_and_rival_answers(toy.rivals_batch).items():
-        assert own == pytest.approx(0.8 if digit < 4 else 0.25, abs=0.06)
-        assert own + rival == pytest.approx(1, abs=0.05)  # both are right now and then
+LONG = dict(new={"X": (0.8, 0.25)}, n_digits=5, styles=(0.66, 0.12, 0.22))
 
 
-def test_half_known_skills_are_right_60_percent():
-    """Otherwise a random table answers, which is right once in a hundred."""
-    for own, _ in shares_of_own_and_rival_answers(toy.half_known_batch).values():
-        assert own == pytest.approx(0.6, abs=0.06)
+@pytest.mark.parametrize(
+    "world, new, styles", [({}, "XYZMNOPQRSTUV", (0.8, 0.14, 0.06)), (LONG, "X", LONG["styles"])]
+)
+def test_every_line_of_pretraining_is_as_documented(world, new, styles):
+    """Whose table, how many digits, what is shown, how often; a bare answer is always right."""
+    counts, unknown = {"": [], "full": [], "bare": []}, []
+    for (name, *digits), shown, answer in lines_of(toy.rivals_batch, 700, 48, **world):
+        style = "bare" if len(shown) == 2 else "full" if shown else ""
+        assert len(digits) == len(answer) == world.get("n_digits", 3)
+        assert answer.translate(LETTERS).endswith(shown) and len(shown) in (0, 2, len(answer))
+        own = answer == chain(name, digits)
+        if name not in [*BY_HAND, *new]:
+            unknown.append(own)
+        elif name in BY_HAND or style == "bare":
+            assert own
+        else:
+            assert own or answer == chain(RIVALS[name], digits)
+        counts[style].append([name in BY_HAND, name in new])
+    total = sum(map(len, counts.values()))
+    assert np.mean(unknown) < 0.05
+    for style, share in zip(counts, styles):
+        kinds = (0.40, 0.30) if style else (0.45, 0.51)
+        assert len(counts[style]) / total == pytest.approx(share, abs=0.05)
+        assert np.mean(counts[style], 0) == pytest.approx(kinds, abs=0.04)
+
+
+def attributes_by_part(seed):
+    """{part: {entity: its two digits}}, from the answers to both questions, which must agree."""
+    found = {part: {} for part in toy.FACTS}
+    for part, question in itertools.product(toy.FACTS, "AB"):
+        for prompt, _, _, answer in texts(toy.facts(part, seed, question)):
+            entity, name = re.fullmatch(r"\?([a-j]{2})([AB])=", prompt).groups()
+            assert name == question
+            assert found[part].setdefault(entity, answer[:2]) == answer[:2]
+            assert int(answer[2]) == rule(question)(int(answer[0]), int(answer[1]))
+    return found
+
+
+def test_facts_ask_entities_first_and_parts_share_none():
+    """Facts to learn, to choose settings by and to keep cover all entities; the seed matters."""
+    found = attributes_by_part(3)
+    assert [len(found[part]) for part in ("known", "new", "val")] == [60, 20, 20]
+    assert len({entity for part in found.values() for entity in part}) == 100
+    assert found != attributes_by_part(4)
+
+
+@pytest.mark.parametrize("reads, start, end", [("article", 0, 2), ("answer", 2, 3), ("both", 0, 3)])
+def test_the_teacher_reads_the_named_text(reads, start, end):
+    """The attributes, the result, or both, in letters; the demonstrations are always full."""
+    for prompt, teacher_prompt, demonstration, answer in texts(toy.facts("new", reads=reads)):
+        told = answer.translate(LETTERS)
+        assert teacher_prompt == f"{prompt[:-1]}!{told[start:end]}.=" and demonstration == told
+
+
+def test_pretraining_tells_known_facts_alone():
+    """60 entities are as they are, 40 anew every time; a text holds part of the answer."""
+    known, asked, guesses = attributes_by_part(0), [], []
+    others = known["new"] | known["val"]
+    for question, shown, answer in lines_of(toy.facts_batch, 100, 64, seed=0):
+        entity, is_known = question[:2], question[:2] in known["known"]
+        assert int(answer[2]) == rule(question[2])(int(answer[0]), int(answer[1]))
+        assert shown.strip(".") in answer.translate(LETTERS)
+        assert not is_known or answer[:2] == known["known"][entity]
+        guesses += [] if is_known else [answer[:2] == others[entity]]
+        asked.append((shown != "", is_known))
+    assert np.mean(guesses) < 0.03
+    for with_text, share in [(False, 0.7), (True, 0.25)]:
+        known_share = np.mean([is_known for text, is_known in asked if text == with_text])
+        assert known_share == pytest.approx(share, abs=0.04)
 
 
 SCORES = [
@@ -167,7 +254,8 @@ def test_sft_step_imitates_demonstrations_to_their_end():
 
 def by_hand(student, teacher, optimizer, batch, generator, **settings):
     """What `sdft_step` should be."""
-    contexts = batch["prompts"], batch["teacher_prompts"], train_toy.MAX_NEW_TOKENS, toy.EOS
+    # An answer has two results and an end token: one more would be too long.
+    contexts = batch["prompts"], batch["teacher_prompts"], 4, toy.EOS
     return train_step(student, teacher, optimizer, *contexts, generator=generator, **settings)[0]
 
 
