@@ -64,7 +64,7 @@ def unit(at, arm, metric="X"):
 def claims(at):
     sft, sdft = unit(at, "sft"), unit(at, "sdft")
     yield (
-        "SFT loses a skill when the next begins (X after Z; 0 = base, 1 = best; lost: below .5)",
+        "SFT loses a skill when the next begins (X after Z; 0 = base, 1 = best; lost: below half)",
         "about −.4",
         runner.mean_and_spread(sft),
         verdicts.more(0.5 * unit(at, "sft", "after X: X"), sft),
