@@ -117,7 +117,8 @@ def expected_analytic_loss(model, data):
 
 
 def claims(at):
-    analytic, sampled, rao = (at(name, "noise") for name in ARMS)
+    names = ("analytic", "sampled token", "Rao-Blackwellised")
+    analytic, sampled, rao = (at(name, "noise") for name in names)
     yield (
         "the analytic gradient is less noisy than the sampled token's (noise)",
         "analytic best (App. A.1)",

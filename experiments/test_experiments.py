@@ -562,7 +562,7 @@ def test_a_sweep_shows_what_validation_chose():
             metrics = {m: [val] * 2 for m in context.SWEEP}
             metrics["strict"] = [strict, strict + 0.001] if rate == rates[0] else [0.99] * 2
             rows.append({"arm": f"{family} {rate}", "metrics": metrics})
-    results = {"context": {"rows": rows, "seeds": [0, 1]}}
+    results = {"context": {"rows": rows, "seeds": [0, 1], "seconds": 9}}
     table = [*report.experiment_table(results, "context")]
     assert [line.split(" | ")[0] for line in table[2:]] == [
         f"| {k} {rates[0]}" for k in context.TEXTS

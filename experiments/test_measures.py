@@ -142,7 +142,7 @@ def test_matching_stops_on_validation_inputs(monkeypatch):
         for update in range(1, steps + 1):
             if update == 5:
                 student.known |= LookUp(of_skill("X", split)).known
-            if on_step(1.0):
+            if on_step(1.0, None):
                 break
 
     other = LookUp(of_skill("X", "val"))
@@ -208,7 +208,7 @@ def test_known_facts_are_rehearsed_without_a_text(monkeypatch):
     seen.clear()
     generator = torch.Generator().manual_seed(0)
     knowledge.sdft_and_known_step("student", "base", None, new, generator, known)
-    assert seen[0] is new and seen[1]["teacher_prompts"] is seen[1]["prompts"]
+    assert seen[0] is new and np.array_equal(seen[1]["teacher_prompts"], seen[1]["prompts"])
     assert len(seen[1]["prompts"]) == 20
     assert {*map(tuple, seen[1]["prompts"])} <= {*map(tuple, known)}
 
@@ -286,9 +286,9 @@ def test_each_stage_starts_from_the_last(quick, monkeypatch):
     assert metrics["own"] == metrics["X"] == metrics["Z"] == 1 and metrics["prior"] == 0
 
 
-@pytest.mark.parametrize("seed, cold", [(0, "VUTSR"), (3, "SRVUT")])
-def test_many_stages_keep_the_original_teacher(seed, cold, quick, monkeypatch):
-    """Over 13 stages, the cold ones by the seed's levels, each from where the last one ended."""
+def test_many_stages_keep_the_original_teacher(quick, monkeypatch):
+    """Over 13 stages, each from where the last one ended."""
+    seed, cold = 3, "VUTSR"
     start, seen, students = LookUp(), [], [None]
     students[0] = start
 
