@@ -73,8 +73,8 @@ def bench_update(args, student, device):
     """Print the table for args.batch_size rows of args.max_new_tokens tokens."""
     B, C, V = args.batch_size, args.max_new_tokens, student.config.vocab_size
     dtype = settings.compute_dtype(args.dtype, device)
-    rollout_model = settings.make_rollout_model(student, args, device)
-    rollout_dtype = rollout_model.wte.weight.dtype
+    rollout_dtype = settings.rollout_dtype(args, device)
+    rollout_model = fast.RolloutGPT.of(student, rollout_dtype)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = settings.make_optimizer(student, args)
     weights = sum(p.numel() for p in student.parameters())
@@ -145,7 +145,7 @@ def bench_update(args, student, device):
 
     def whole():
         models = student, teacher, optimizer, prompts, teacher_prompts, C, -1
-        how = dict(rollout_model=rollout_model, generators=generators, divergence=args.divergence)
+        how = dict(rollout_dtype=rollout_dtype, generators=generators, divergence=args.divergence)
         fast.train_step(*models, **how)
 
     best = sum(best for *_, best in rows)

@@ -18,24 +18,24 @@ COLUMNS = {  # of the tables: score -> heading and format
     "ood": ("OOD", "{:.2f}"),
     "prior_ppl": ("prior ppl", "{:.2f}"),
     "prior_acc": ("prior acc", "{:.2f}"),
-    "kl_to_base": ("KL to base", "{:.3f}"),
+    "kl_to_base": ("KL to base, nats/token", "{:.3f}"),
     "length": ("length", "{:.1f}"),
 }
 
 
 @torch.no_grad()
-def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None):
-    """Scores of a model on sets {"train", "test", "ood", "prior": rows}; all decoding is greedy.
+def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None, start=False):
+    """Scores of a model on sets {"train", "test", "ood", "prior", "old FILE" ...: rows}, greedily.
 
     exact, lenient  share of "test" answered right, by each match of data/scoring.py
     length          tokens of those responses, with the end token
     kl_to_base      KL(model ‖ base) in nats per token of those responses
-    ood             share of "ood" answered right, leniently
+    ood, old FILE   share of that set answered right, leniently
     prior_ppl       perplexity of the texts of "prior"
     prior_acc       share of the questions of "prior" whose answer is the likeliest continuation,
                     token by token
-    as_teacher      if base is None, so that the model is the base: share of "train" answered right,
-                    leniently, with the teacher's prompt
+    as_teacher      at the start, or if base is None, so that the model is the base: share of
+                    "train" answered right, leniently, with the teacher's prompt
     """
     scores, limits = {}, (enc, max_new_tokens, batch_size)
     if sets["test"]:
@@ -52,10 +52,11 @@ def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None):
         texts = [text for batch in responses(model, rows, key, *limits) for text in batch["texts"]]
         return np.mean([contains(s, r["answer"]) for s, r in zip(texts, rows)])
 
-    if sets["ood"]:
-        scores["ood"] = lenient(sets["ood"], "prompt_ids")
+    for name in ["ood", *(name for name in sets if name.startswith("old "))]:
+        if sets[name]:
+            scores[name] = lenient(sets[name], "prompt_ids")
     answered = [row for row in sets["train"] if row["answer"]]
-    if base is None and answered:
+    if (start or base is None) and answered:
         scores["as_teacher"] = lenient(answered, "teacher_ids")
     texts = [([enc.eot_token], row["text_ids"]) for row in sets["prior"] if "text_ids" in row]
     if texts:

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpt2 import checkpoint, evaluate, fast, settings
+from gpt2 import checkpoint, evaluate, fast, lora, settings
 from gpt2.data import minibatch
 from gpt2.run import check_folder, held, prepare
 
@@ -71,8 +71,8 @@ def update(run, rows, generators):
             [row["teacher_ids"] for row in rows],
             args.max_new_tokens,
             eos_id,
-            rollout_model=run.rollout_model,
             generators=generators,
+            rollout_dtype=settings.rollout_dtype(args, run.device),
             divergence=args.divergence,
             alpha={"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher],
             temperature=args.temperature,
@@ -153,7 +153,7 @@ def train(run):
         if run.rank == 0 and (run.step % args.sample_every == 0 or done):
             run.save_samples(rows[:3], fast.row_generators(*streams)[:3])
         if run.rank == 0 and run.step % args.eval_every == 0 and not done:
-            run.say(head + evaluate.line_of(run.evaluate(run.student)))
+            run.say(head + evaluate.line_of(run.evaluate()))
             last, tokens = time.perf_counter(), 0
         if run.rank == 0 and (run.step % args.save_every == 0 or done or stopped):
             run.save()
@@ -190,9 +190,11 @@ def fine_tune(args, given, rank, n_processes, stack):
         checkpoint.make_folder(out, exist_ok=False)
         stack.enter_context(held(out))
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    trained = sum(p.numel() for p in lora.trained(run.student).values()) / 1e6
+    adapters = f", {trained:.1f}M of them trained" if args.lora_rank else ""
     dtype = str(settings.compute_dtype(args.dtype, device)).removeprefix("torch.")
     run.say(
-        f"{args.method} from {args.init_from}: {parameters:.1f}M parameters, "
+        f"{args.method} from {args.init_from}: {parameters:.1f}M parameters{adapters}, "
         f"{len(run.sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
         f"device {device} x {n_processes}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {dtype}"
@@ -201,7 +203,7 @@ def fine_tune(args, given, rank, n_processes, stack):
         for file in ("metrics.jsonl", "samples.jsonl"):
             checkpoint.forget_after(out / file, run.step if saved else -1, args.steps)
         if not saved:
-            run.base_scores = run.evaluate(run.base)
+            run.base_scores = run.evaluate(start=True)
             run.save()  # from here on the folder can be resumed
         able = run.base_scores.get("as_teacher", 1)
         if args.method == "sdft" and able < 0.5:
@@ -223,8 +225,10 @@ def fine_tune(args, given, rank, n_processes, stack):
         again = f"python -m gpt2.train --resume --out_dir {out}"
         run.say(f"stopped after step {run.step}, saved; go on with: {again}")
     elif rank == 0:
-        final = run.evaluate(run.student)
-        checkpoint.save_model(run.student, out)
+        final = run.evaluate()
+        checkpoint.save_model(lora.merge(run.student), out)
+        if args.lora_rank:
+            checkpoint.save_adapters(run.student, out / "adapter", args.init_from)
         checkpoint.copy_tokenizer(checkpoint.source_folder(args.init_from), out)
         results = {"config": vars(args), "base": run.base_scores, "final": final}
         results["seconds"] = time.perf_counter() - began
