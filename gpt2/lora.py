@@ -46,7 +46,7 @@ def add_adapters(model, rank, alpha):
 
 
 def share(model):
-    """A copy of the model in which the frozen weights are the same memory, and the rest is copied."""
+    """A copy of the model whose frozen weights are the same memory."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 

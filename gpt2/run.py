@@ -46,7 +46,7 @@ class Run:
             print(line, flush=True)
 
     def read_start(self):
-        """The model of --init_from. From its file, it takes memory only for as long as it is used."""
+        """The model of --init_from, from its file if training does not hold it in memory."""
         return self.read("init_from") if self.start is None else self.start
 
     def read_base(self):
