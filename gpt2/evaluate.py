@@ -141,13 +141,19 @@ def samples(student, teacher, rows, enc, max_new_tokens, temperature, divergence
 # --- Tables ---------------------------------------------------------------------------------------
 
 
+def in_tables(name):
+    return name in COLUMNS or name.startswith("old ")
+
+
 def show(scores, name):
-    return COLUMNS[name][1].format(scores[name]) if name in scores else "-"
+    return COLUMNS.get(name, ("", "{:.2f}"))[1].format(scores[name]) if name in scores else "-"
 
 
 def line_of(scores):
     """All scores on one line of the log."""
-    return "  ".join(f"{heading} {show(scores, name)}" for name, (heading, _) in COLUMNS.items())
+    columns = {name: heading for name, (heading, _) in COLUMNS.items()}
+    columns |= {name: name for name in scores if name.startswith("old ")}
+    return "  ".join(f"{heading} {show(scores, name)}" for name, heading in columns.items())
 
 
 def table(rows):
@@ -160,18 +166,21 @@ def table(rows):
 
 
 def report(folders):
-    """The table of finished runs. Runs that start from one base share its row."""
-    rows = []
+    """The table of finished runs, and the matrix of stages. Runs from one base share its row."""
+    rows, stages = [], []
+    unreadable = OSError, ArithmeticError, AttributeError, LookupError, ValueError, TypeError
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             base, final = (
-                {name: float(results[when][name]) for name in COLUMNS if name in results[when]}
+                {name: float(score) for name, score in results[when].items() if in_tables(name)}
                 for when in ("base", "final")
             )
             config = results["config"]
             label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
-        except (OSError, ArithmeticError, LookupError, ValueError, TypeError, RecursionError):
+            task = config.get("test") or config.get("data")
+            stages.append((config.get("init_from"), folder, task, base, final))
+        except (*unreadable, RecursionError):
             raise ValueError(
                 f"there is no readable results.json in {folder}; --report takes the --out_dir of "
                 "finished runs"
@@ -179,4 +188,26 @@ def report(folders):
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))
-    return table(rows)
+    old = [name for _, scores in rows for name in scores if name.startswith("old ")]
+    return table(rows) + ("\n\n" + matrix(stages) if old else "")
+
+
+def matrix(stages):
+    """What became of every task, in Markdown: a row per stage, the share answered right, leniently.
+
+    stages  (init_from, out_dir, the file of the run's own task, scores before, scores after)
+    """
+    rows, tasks = {}, {}
+    for start, folder, task, *scores in stages:
+        tasks[task] = None
+        for stage, score in zip((start, folder), scores):
+            known = {name[4:]: value for name, value in score.items() if name.startswith("old ")}
+            known |= {task: score["lenient"]} if "lenient" in score else {}
+            tasks |= dict.fromkeys(known)
+            rows.setdefault(str(Path(str(stage))), {}).update(known)
+    lines = ["| lenient, after | " + " | ".join(map(str, tasks)) + " |"]
+    lines.append("|---" + "|---:" * len(tasks) + "|")
+    for stage, known in rows.items():
+        cells = [f"{known[task]:.2f}" if task in known else "-" for task in tasks]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

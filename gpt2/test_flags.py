@@ -4,12 +4,23 @@ Two runs with every number changed, one per method, against direct calls of the 
 """
 
 import copy
+import json
 
 import pytest
 import torch
 
 from gpt2 import checkpoint, evaluate, fast, settings, train
-from gpt2.conftest import EOS, flags, last_checkpoint, lines, metrics, weights, write_rows
+from gpt2.conftest import (
+    EOS,
+    error_of,
+    flags,
+    last_checkpoint,
+    lines,
+    metrics,
+    small_gpt,
+    weights,
+    write_rows,
+)
 from gpt2.data import RowReader, load_encoding, minibatch, pad_right
 from gpt2.run import read_data
 from model import GPT
@@ -202,6 +213,34 @@ def test_every_set_is_read_from_its_flag(tmp_path, base):
             name: [enc.decode(row["prompt_ids"]) for row in rows] for name, rows in sets.items()
         }
         assert read == {name: [f"Of {flag}?\n"] for name, flag in names.items()}
+
+
+def test_the_base_is_what_the_kl_is_measured_to(tmp_path, base, data):
+    """--base, in a second stage; before its first step the KL is what the first stage left."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(flags(base, data, first, steps=2))
+    old = ["--old", data / "ood.jsonl", "--test", data / "ood.jsonl"]
+    train.main(flags(first, data, second, "--base", base, "--lr", 0, *old, steps=1))
+    results = json.loads((second / "results.json").read_text())
+    sets, enc = {"train": [], "ood": [], "prior": []}, load_encoding(base)
+    reader = RowReader(enc, 320, 6)
+    sets["test"] = reader.read(data / "ood.jsonl", reader.task)
+    models = checkpoint.load_model(str(first)), checkpoint.load_model(str(base))
+    kl = evaluate.evaluate(models[0], sets, enc, 6, 4, models[1])["kl_to_base"]
+    for when in ("base", "final"):
+        assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
+        assert results[when][f"old {data / 'ood.jsonl'}"] == results[when]["lenient"]
+    assert "as_teacher" in results["base"]
+
+
+def test_a_base_of_another_shape_is_named(tmp_path, base, data):
+    """Before anything is written, as is one that is not there."""
+    checkpoint.save_model(small_gpt(vocab_size=300), tmp_path / "odd")
+    argv = flags(base, data, tmp_path / "out")
+    assert "--base" in error_of(*argv, "--base", tmp_path / "odd")
+    assert "--base nowhere" in error_of(*argv, "--base", "nowhere")
+    assert "cannot read nowhere.jsonl" in error_of(*argv, "--old", "nowhere.jsonl")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
