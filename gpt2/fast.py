@@ -302,9 +302,9 @@ def train_step(
     total, parts, B = 0.0, [], len(prompts)
     for start in range(0, B, micro_batch or B):
         rows = slice(start, start + (micro_batch or B))
-        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
-        with torch.no_grad():
+        with torch.no_grad():  # First, while there are no activations of the student beside it.
             teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
+        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
         sides = hidden, student.wte.weight, teacher_hidden, teacher.wte.weight
         loss, info = chunked_sdft_loss(*sides, loss_mask[rows], divergence, chunk)
         loss = loss * len(prompts[rows]) / B
