@@ -28,7 +28,7 @@ COMMAND = "pip install transformers==5.24.0 trl==1.16.0"
 # Nothing is looked up in the network, and nothing else is printed.
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUIET |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-UPDATES = {  # name: flags of ours
+OURS = {  # name: flags
     "float32": [],
     "float32, 2 rows at a time": ["--micro_batch", "2"],
     "float32, rollout in bfloat16": ["--rollout_dtype", "bfloat16"],
@@ -36,10 +36,13 @@ UPDATES = {  # name: flags of ours
     "bfloat16, 2 rows at a time": ["--dtype", "bfloat16", "--micro_batch", "2"],
     "float32, --lora_rank 16": ["--lora_rank", "16"],
 }
-THEIRS = {  # name: TRL's settings, and the updates of ours that are compared with it
-    "float32": ({"bf16": False, "gradient_checkpointing": False}, [0, 1, 2, 5]),
-    "as it comes": ({}, [3, 4]),
+THEIRS = {  # name: TRL's settings
+    "float32": {"bf16": False, "gradient_checkpointing": False},
+    "as it comes": {},  # autocast to bfloat16, and checkpointing of activations
 }
+COMPARED = [
+    ("as it comes" if "--dtype" in flags else "float32", name) for name, flags in OURS.items()
+]
 
 
 def missing():
@@ -194,15 +197,15 @@ def update_in_a_process(function, *arguments):
 
 def updates(folder, text, rounds, steps, say):
     """{(is ours, name): (seconds, MiB)}, medians of the rounds."""
-    jobs = {(False, name): ("their_updates", more) for name, (more, _) in THEIRS.items()}
-    jobs |= {(True, name): ("our_updates", flags) for name, flags in UPDATES.items()}
+    jobs = {(False, name): ("their_updates", THEIRS[name]) for name, _ in COMPARED}
+    jobs |= {(True, name): ("our_updates", OURS[name]) for _, name in COMPARED}
     seen = {job: [] for job in jobs}
     for n in range(rounds):
         for job, (function, more) in jobs.items():
             seen[job].append(update_in_a_process(function, str(folder), more, text, steps))
             say(f"round {n + 1} of {rounds}: update, {'ours' if job[0] else 'TRL'}, {job[1]}")
     return {
-        job: tuple(map(statistics.median, zip(*values))) if None not in values[0] else values[0]
+        job: [statistics.median(v) if None not in v else None for v in zip(*values)]
         for job, values in seen.items()
     }
 
@@ -232,17 +235,13 @@ def table(rolled, updated, text):
         what = f"rollout {B} × ({P} + {C}), {str(dtype).removeprefix('torch.')}, tokens/s"
         lines.append(f"| {what} | {rates} | {theirs / ours:.2f} |")
     B, P, C = shape(text)
-    names = [*UPDATES]
-    for i, (what, form) in enumerate([("update", "{:,.2f}"), ("peak memory", "{:,.0f}")]):
-        unit = ("s", "MiB")[i]
-        for name, (_, compared) in THEIRS.items():
-            theirs = updated[False, name][i]
-            for ours_name in (names[k] for k in compared):
-                ours = updated[True, ours_name][i]
-                label = f"{what} {B} × ({P} + {C}), {unit}: TRL {name}; ours {ours_name}"
-                if theirs is not None:  # there is no peak without Linux's /proc
-                    cells = f"{form.format(theirs)} | {form.format(ours)} | {ours / theirs:.2f}"
-                    lines.append(f"| {label} | {cells} |")
+    for i, what in enumerate(["update {} × ({} + {}), s", "peak memory of it, MiB"]):
+        for their_name, our_name in COMPARED:
+            theirs, ours = updated[False, their_name][i], updated[True, our_name][i]
+            if theirs is not None:  # there is no peak without Linux's /proc
+                label = f"{what.format(B, P, C)}: TRL {their_name}, ours {our_name}"
+                cells = " | ".join(f"{x:,.0f}" if i else f"{x:,.2f}" for x in (theirs, ours))
+                lines.append(f"| {label} | {cells} | {ours / theirs:.2f} |")
     return "\n".join(lines)
 
 
