@@ -6,7 +6,7 @@ B starts at 0, so that the student starts as the base. Base, student and an EMA 
 `GPT`s whose frozen weights are the same memory; what is the teacher's own is its adapters. The base
 is the model without adapters, and a frozen teacher is the base itself.
 
-Every function here takes a model without adapters too, and then means all of its weights.
+All functions but `add_adapters` take a model without adapters too, and then mean all its weights.
 """
 
 import copy

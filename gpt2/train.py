@@ -5,7 +5,10 @@
     python -m gpt2.train --method sft --init_from gpt2 --data data/facts.jsonl \\
         --eval data/prior.jsonl --out_dir out/sft
     python -m gpt2.train --report out/facts out/sft           # finished runs side by side
-    python -m gpt2.train --init_from out/facts --data data/units.jsonl --out_dir out/units
+    python -m gpt2.train --init_from out/facts --base gpt2 --data data/units.jsonl \\
+        --old data/facts.jsonl --out_dir out/units            # a second task, after the first
+    python -m gpt2.train --init_from gpt2 --data data/facts.jsonl --lora_rank 16 --lr 1e-4 \\
+        --out_dir out/lora                                    # adapters in place of all weights
     python -m gpt2.train --resume --out_dir out/facts         # go on after an interruption
     torchrun --nproc_per_node=2 -m gpt2.train ...             # several processes, the same update
 
