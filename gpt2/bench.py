@@ -2,6 +2,7 @@
 
     python -m gpt2.bench             # every phase of an update of GPT-2, with random weights
     python -m gpt2.bench --tricks    # what each trick of gpt2/fast.py gains
+    python -m gpt2.bench --peers     # transformers' generate and TRL's trainer beside ours
 
 Times are medians of several runs after one that does not count. Two limits are measured in the same
 run: the bandwidth, by summing a large array, and the rate of arithmetic, by multiplying two large
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gpt2 import checkpoint, fast, settings
+from gpt2 import checkpoint, fast, peers, settings
 from model import GPT, GPT2_SIZES, GPTConfig
 from sdft import clip_and_step, ema_update, sdft_loss
 
@@ -73,8 +74,8 @@ def bench_update(args, student, device):
     """Print the table for args.batch_size rows of args.max_new_tokens tokens."""
     B, C, V = args.batch_size, args.max_new_tokens, student.config.vocab_size
     dtype = settings.compute_dtype(args.dtype, device)
-    rollout_model = settings.make_rollout_model(student, args, device)
-    rollout_dtype = rollout_model.wte.weight.dtype
+    rollout_dtype = settings.rollout_dtype(args, device)
+    rollout_model = fast.RolloutGPT.of(student, rollout_dtype)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = settings.make_optimizer(student, args)
     weights = sum(p.numel() for p in student.parameters())
@@ -145,7 +146,7 @@ def bench_update(args, student, device):
 
     def whole():
         models = student, teacher, optimizer, prompts, teacher_prompts, C, -1
-        how = dict(rollout_model=rollout_model, generators=generators, divergence=args.divergence)
+        how = dict(rollout_dtype=rollout_dtype, generators=generators, divergence=args.divergence)
         fast.train_step(*models, **how)
 
     best = sum(best for *_, best in rows)
@@ -245,6 +246,21 @@ def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--tricks", action="store_true", help="measure what each trick gains, and stop")
+    p.add_argument(
+        "--peers", action="store_true", help="transformers and TRL beside ours, and stop"
+    )
+    p.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="BxP+C",
+        default=["4x32+128", "8x64+64", "16x128+128"],
+        help="rollouts of --peers: rows, tokens of the prompt and of the response",
+    )
+    p.add_argument(
+        "--update_shape", metavar="BxP+C", default="8x32+32", help="update of --peers, likewise"
+    )
+    p.add_argument("--rounds", type=int, default=2, help="of --peers, for medians (default: 2)")
+    p.add_argument("--quick", action="store_true", help="--peers on a model of toy size")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
     p.add_argument("--batch_size", type=int, default=8, help="rows (default: 8)")
     p.add_argument("--max_new_tokens", type=int, default=64, help="tokens per row (default: 64)")
@@ -261,6 +277,8 @@ def main(argv=None):
     try:
         if args.tricks:
             return bench_tricks()
+        if args.peers:
+            return peers.bench_peers(args)
         device = settings.pick_device(args.device)
         if args.init_from in GPT2_SIZES:
             torch.manual_seed(0)

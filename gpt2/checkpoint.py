@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2 import lora
 from gpt2.data import unique_keys
 from model import GPT, GPT2_SIZES, TRANSPOSED, GPTConfig
 
@@ -146,6 +147,23 @@ def load_model(name_or_path):
         ) from None
 
 
+def map_model(name_or_path):
+    """`load_model`, frozen, for a short use: a local file's weights are mapped and not copied.
+
+    They are read as they are needed, in the file's layout, and the memory is the system's to take
+    back. A download, or a file of another form, is read as a whole.
+    """
+    if name_or_path in GPT2_SIZES:
+        return load_model(name_or_path).requires_grad_(False)
+    config, weights = read_checkpoint(Path(name_or_path))
+    weights = check_weights(name_or_path, config, weights)
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {k: (w.t() if k.endswith(TRANSPOSED) else w).float() for k, w in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
+
+
 def read_checkpoint(path):
     """GPTConfig and {name: tensor} of a folder, or of a weights file beside its config.json."""
     folder, files = path.parent, [path]
@@ -184,9 +202,10 @@ def load_tensors(path):
 
     torch.load does not compare the checksums that torch.save writes.
     """
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+    zipped = zipfile.is_zipfile(path)
+    if zipped and zipfile.ZipFile(path).testzip():
         raise ValueError
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # others cannot be
 
 
 def memory_is_full(e):
@@ -216,7 +235,10 @@ def read_config(path):
 
 
 def check_weights(source, config, weights):
-    """Names, shapes and values of the weights, before `GPT.from_checkpoint` builds the model."""
+    """Names, shapes and values of the weights, before `GPT.from_checkpoint` builds the model.
+
+    Returns the weights by GPT's own names.
+    """
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
     causal_masks = (".attn.bias", ".attn.masked_bias")
     weights = {name: w for name, w in weights.items() if not name.endswith(causal_masks)}
@@ -251,6 +273,7 @@ def check_weights(source, config, weights):
         raise ValueError(
             f"{source} has an output layer of its own; only one tied to the embedding is supported"
         )
+    return weights
 
 
 def is_plain(w):
@@ -286,6 +309,20 @@ def save_model(model, folder):
     text = json.dumps(fields, indent=2) + "\n"
     write_atomically(folder / "config.json", lambda tmp: tmp.write_text(text))
     (folder / stale).unlink(missing_ok=True)  # an earlier save's, which readers may prefer
+
+
+def save_adapters(model, folder, base):
+    """The adapters of gpt2/lora.py alone, a small folder in the format of the PEFT library."""
+    rank, alpha = model.lora
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    fields |= {"r": rank, "lora_alpha": alpha, "target_modules": ["c_attn", "c_proj", "c_fc"]}
+    fields |= {"fan_in_fan_out": True}  # GPT-2 keeps its weights as (in, out)
+    prefix = "base_model.model.transformer"
+    adapters = {f"{prefix}.{name}.weight": w.cpu() for name, w in lora.state(model).items()}
+    make_folder(folder)
+    write_atomically(folder / "adapter_model.bin", lambda tmp: save_tensors(adapters, tmp))
+    text = json.dumps(fields, indent=2) + "\n"
+    write_atomically(folder / "adapter_config.json", lambda tmp: tmp.write_text(text))
 
 
 def copy_tokenizer(source, folder):

@@ -17,24 +17,24 @@ COLUMNS = {  # of the tables: score -> heading and format
     "ood": ("OOD", "{:.2f}"),
     "prior_ppl": ("prior ppl", "{:.2f}"),
     "prior_acc": ("prior acc", "{:.2f}"),
-    "kl_to_base": ("KL to base", "{:.3f}"),
+    "kl_to_base": ("KL to base, nats/token", "{:.3f}"),
     "length": ("length", "{:.1f}"),
 }
 
 
 @torch.no_grad()
-def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None):
-    """Scores of a model on sets {"train", "test", "ood", "prior": rows}; all decoding is greedy.
+def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None, start=False):
+    """Scores of a model on sets {"train", "test", "ood", "prior", "old FILE" ...: rows}, greedily.
 
     exact, lenient  share of "test" answered right, by each match of data/scoring.py
     length          tokens of those responses, with the end token
     kl_to_base      KL(model ‖ base) in nats per token of those responses
-    ood             share of "ood" answered right, leniently
+    ood, old FILE   share of that set answered right, leniently
     prior_ppl       perplexity of the texts of "prior"
     prior_acc       share of the questions of "prior" whose answer is the likeliest continuation,
                     token by token
-    as_teacher      if base is None, so that the model is the base: share of "train" answered right,
-                    leniently, with the teacher's prompt
+    as_teacher      at the start, or if base is None, so that the model is the base: share of
+                    "train" answered right, leniently, with the teacher's prompt
     """
     scores, limits = {}, (enc, max_new_tokens, batch_size)
     if sets["test"]:
@@ -51,10 +51,11 @@ def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None):
         texts = [text for batch in responses(model, rows, key, *limits) for text in batch["texts"]]
         return np.mean([contains(s, r["answer"]) for s, r in zip(texts, rows)])
 
-    if sets["ood"]:
-        scores["ood"] = lenient(sets["ood"], "prompt_ids")
+    for name in ["ood", *(name for name in sets if name.startswith("old "))]:
+        if sets[name]:
+            scores[name] = lenient(sets[name], "prompt_ids")
     answered = [row for row in sets["train"] if row["answer"]]
-    if base is None and answered:
+    if (start or base is None) and answered:
         scores["as_teacher"] = lenient(answered, "teacher_ids")
     texts = [([enc.eot_token], row["text_ids"]) for row in sets["prior"] if "text_ids" in row]
     if texts:
@@ -112,13 +113,19 @@ def device_of(model):
 # --- Tables ---------------------------------------------------------------------------------------
 
 
+def in_tables(name):
+    return name in COLUMNS or name.startswith("old ")
+
+
 def show(scores, name):
-    return COLUMNS[name][1].format(scores[name]) if name in scores else "-"
+    return COLUMNS.get(name, ("", "{:.2f}"))[1].format(scores[name]) if name in scores else "-"
 
 
 def line_of(scores):
     """All scores on one line of the log."""
-    return "  ".join(f"{heading} {show(scores, name)}" for name, (heading, _) in COLUMNS.items())
+    columns = {name: heading for name, (heading, _) in COLUMNS.items()}
+    columns |= {name: name for name in scores if name.startswith("old ")}
+    return "  ".join(f"{heading} {show(scores, name)}" for name, heading in columns.items())
 
 
 def table(rows):
@@ -131,18 +138,21 @@ def table(rows):
 
 
 def report(folders):
-    """The table of finished runs. Runs that start from one base share its row."""
-    rows = []
+    """The table of finished runs, and the matrix of stages. Runs from one base share its row."""
+    rows, stages = [], []
+    unreadable = OSError, ArithmeticError, AttributeError, LookupError, ValueError, TypeError
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             base, final = (
-                {name: float(results[when][name]) for name in COLUMNS if name in results[when]}
+                {name: float(score) for name, score in results[when].items() if in_tables(name)}
                 for when in ("base", "final")
             )
             config = results["config"]
             label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
-        except (OSError, ArithmeticError, LookupError, ValueError, TypeError, RecursionError):
+            task = config.get("test") or config.get("data")
+            stages.append((config.get("init_from"), folder, task, base, final))
+        except (*unreadable, RecursionError):
             raise ValueError(
                 f"there is no readable results.json in {folder}; --report takes the --out_dir of "
                 "finished runs"
@@ -150,4 +160,26 @@ def report(folders):
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))
-    return table(rows)
+    old = [name for _, scores in rows for name in scores if name.startswith("old ")]
+    return table(rows) + ("\n\n" + matrix(stages) if old else "")
+
+
+def matrix(stages):
+    """What became of every task, in Markdown: a row per stage, the share answered right, leniently.
+
+    stages  (init_from, out_dir, the file of the run's own task, scores before, scores after)
+    """
+    rows, tasks = {}, {}
+    for start, folder, task, *scores in stages:
+        tasks[task] = None
+        for stage, score in zip((start, folder), scores):
+            known = {name[4:]: value for name, value in score.items() if name.startswith("old ")}
+            known |= {task: score["lenient"]} if "lenient" in score else {}
+            tasks |= dict.fromkeys(known)
+            rows.setdefault(str(Path(str(stage))), {}).update(known)
+    lines = ["| lenient, after | " + " | ".join(map(str, tasks)) + " |"]
+    lines.append("|---" + "|---:" * len(tasks) + "|")
+    for stage, known in rows.items():
+        cells = [f"{known[task]:.2f}" if task in known else "-" for task in tasks]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sdft
+from gpt2 import lora
 from gpt2.data import batches, pad_right
 from model import GPT, MLP, Attention, KVCache
 from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
@@ -141,17 +142,19 @@ class RolloutGPT(GPT):
 
     @classmethod
     def of(cls, model, dtype=None):
-        """Shares the model's memory if dtype is None or the model's own; otherwise a copy."""
+        """Shares the model's memory if dtype is None or the model's own; otherwise a copy.
+
+        A copy has the adapters of gpt2/lora.py merged into its weights.
+        """
         with torch.device("meta"):
             rollout_model = cls(model.config)
-        weights = {name: w.to(dtype or w.dtype) for name, w in model.state_dict().items()}
+        weights = model.state_dict()
+        if dtype not in (None, model.wte.weight.dtype):
+            weights = {name: w.to(dtype) for name, w in lora.merged(model)}
+        elif hasattr(model, "lora"):
+            lora.add_adapters(rollout_model, *model.lora)
         rollout_model.load_state_dict(weights, assign=True)
         return rollout_model.requires_grad_(False)
-
-    def follow(self, model):
-        """Take over the model's current weights; shared ones are current already."""
-        if self.wte.weight.data_ptr() != model.wte.weight.data_ptr():
-            self.load_state_dict(model.state_dict())
 
     def lm_head(self, hidden):
         return few_rows_linear(hidden, self.wte.weight)
@@ -258,8 +261,9 @@ def average_gradients(model):
     """
     if dist.is_available() and dist.is_initialized():
         for p in model.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
 
 
 def train_step(
@@ -271,8 +275,8 @@ def train_step(
     max_new_tokens,
     eos_id,
     *,
-    rollout_model,
     generators,
+    rollout_dtype=None,
     divergence="reverse",
     alpha=0.02,
     temperature=1.0,
@@ -283,23 +287,24 @@ def train_step(
 ):
     """`sdft.train_step` on this process's rows of the minibatch.
 
-    rollout_model  RolloutGPT of the student; it samples in its own dtype, also under autocast
     generators     one per row
+    rollout_dtype  of the weights that sample, also under autocast; None is the student's
     micro_batch    rows per forward/backward pass; gradients accumulate, so only memory changes
     """
-    rollout_model.follow(student)
-    with torch.autocast(rollout_model.wte.weight.device.type, enabled=False):
+    with torch.autocast(student.wte.weight.device.type, enabled=False):
+        rollout_model = RolloutGPT.of(student, rollout_dtype)
         completions, mask = rollout(
             rollout_model, prompts, max_new_tokens, eos_id, temperature, generators
         )
+        del rollout_model  # The memory of a copy is free for the activations.
     loss_mask = mask.clone()
     loss_mask[:, :skip_tokens] = False
     total, parts, B = 0.0, [], len(prompts)
     for start in range(0, B, micro_batch or B):
         rows = slice(start, start + (micro_batch or B))
-        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
-        with torch.no_grad():
+        with torch.no_grad():  # First, while there are no activations of the student beside it.
             teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
+        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
         sides = hidden, student.wte.weight, teacher_hidden, teacher.wte.weight
         loss, info = chunked_sdft_loss(*sides, loss_mask[rows], divergence, chunk)
         loss = loss * len(prompts[rows]) / B
@@ -308,7 +313,9 @@ def train_step(
         parts.append(info["divergence"])
     average_gradients(student)
     clip_and_step(student, optimizer, total, grad_clip)
-    ema_update(teacher, student, alpha)
+    if alpha:  # A frozen teacher is not written to, since it may be the base.
+        own = [nn.ParameterList(lora.trained(m).values()) for m in (teacher, student)]
+        ema_update(*own, alpha)
     info = {"divergence": torch.cat(parts), "completions": completions}
     return total, info | {"mask": mask, "loss_mask": loss_mask}
 

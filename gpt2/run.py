@@ -11,7 +11,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from gpt2 import checkpoint, evaluate, fast, look, settings
+from gpt2 import checkpoint, evaluate, fast, look, lora, settings
 from gpt2.data import TEMPLATES, RowReader, load_encoding, read_template
 from model import GPT
 
@@ -28,13 +28,12 @@ class Run:
     rank: int
     n_processes: int
     enc: tiktoken.Encoding
-    sets: dict  # "train", "test", "ood", "prior": rows of gpt2/data.py
+    sets: dict  # "train", "test", "ood", "prior", "old FILE" ...: rows of gpt2/data.py
     inputs: dict  # path: CRC-32, or None if there is none, of every file that it reads
-    base: GPT
+    start: GPT | None  # of --init_from, if training needs it at every step
     student: GPT
-    teacher: GPT
+    teacher: GPT | None  # None for SFT
     optimizer: torch.optim.Optimizer
-    rollout_model: fast.RolloutGPT
     step: int = 0
     base_scores: dict = field(default_factory=dict)
 
@@ -46,14 +45,28 @@ class Run:
         if self.rank == 0:
             print(line, flush=True)
 
-    def evaluate(self, model):
+    def read_start(self):
+        """The model of --init_from, from its file if training does not hold it in memory."""
+        return self.read("init_from") if self.start is None else self.start
+
+    def read_base(self):
+        """The model that the KL is measured to."""
+        return self.read("base") if self.args.base else self.read_start()
+
+    def read(self, flag):
+        source = getattr(self.args, flag)
+        check_unchanged(source_crcs(source), self.inputs)
+        return load(flag, source, checkpoint.map_model).to(self.device)
+
+    def evaluate(self, start=False):
+        """Scores of the student; `start` if it is still the model of --init_from."""
         args = self.args
         limits = args.max_new_tokens, args.micro_batch or args.batch_size
-        base = None if model is self.base else self.base
+        base = None if start and not args.base else self.read_base()
         with settings.autocast(args, self.device):
-            decoder = fast.RolloutGPT.of(model)
-            scores = evaluate.evaluate(decoder, self.sets, self.enc, *limits, base)
-            models = model, self.teacher if args.method == "sdft" else None, self.base
+            decoder = fast.RolloutGPT.of(self.student)
+            scores = evaluate.evaluate(decoder, self.sets, self.enc, *limits, base, start)
+            models = self.student, self.teacher, self.student if base is None else base
             seen, said = look.look(models, self.sets, self.enc, args, self.step)
         row = {"phase": args.method, "step": self.step, "eval": scores}
         row |= {k: scores[s] for k, s in look.SCORES.items() if s in scores} | seen
@@ -65,47 +78,63 @@ class Run:
         return scores
 
     def save_best(self):
-        checkpoint.save_model(self.student, self.out / "best")
+        checkpoint.save_model(lora.merge(self.student), self.out / "best")
         checkpoint.copy_tokenizer(checkpoint.source_folder(self.args.init_from), self.out / "best")
 
     def save(self):
         state = {"args": vars(self.args), "step": self.step, "inputs": self.inputs}
         state["base_scores"] = self.base_scores
-        for name in ("student", "teacher", "optimizer"):
-            state[name] = getattr(self, name).state_dict()
+        state |= self.weights() | {"optimizer": self.optimizer.state_dict()}
         checkpoint.save_run(self.out / "checkpoints", state)
+
+    def weights(self):
+        """What a checkpoint keeps of both roles. A teacher that never moves is in --init_from."""
+        moves = self.teacher is not None and self.teacher is not self.start
+        teacher = lora.state(self.teacher) if moves else {}
+        return {"student": lora.state(self.student), "teacher": teacher}
 
 
 def prepare(args, saved, device, rank, n_processes):
     """Read and check everything that the run needs; `saved` is a checkpoint to go on from."""
-    files = checkpoint.source_files(args.init_from)
-    inputs = {str(file): checkpoint.crc32(file) if file.is_file() else None for file in files}
-    check_unchanged(inputs, saved)
-    try:
-        base = checkpoint.load_model(args.init_from).to(device)
-    except (ValueError, OSError) as e:
-        raise ValueError(f"--init_from {args.init_from}: {e}") from None
+    inputs = source_crcs(args.init_from) | (source_crcs(args.base) if args.base else {})
+    check_unchanged(inputs, saved and saved["inputs"])
+    # A copy, since what is loaded may still be the file's own pages.
+    student = copy.deepcopy(load("init_from", args.init_from, checkpoint.load_model)).to(device)
     enc = load_encoding(checkpoint.source_folder(args.init_from))
-    if enc.n_vocab > base.config.vocab_size:
+    config = student.config
+    if enc.n_vocab > config.vocab_size:
         raise ValueError(
-            f"--init_from {args.init_from} has a vocabulary of {base.config.vocab_size} tokens, "
+            f"--init_from {args.init_from} has a vocabulary of {config.vocab_size} tokens, "
             f"the encoding {enc.n_vocab}; put the model's vocab.json and merges.txt into its folder"
         )
-    sets, notes, crcs = read_data(args, enc, base.config.block_size)
-    check_unchanged(crcs, saved)
+    if args.base:
+        other = load("base", args.base, checkpoint.map_model).config
+        if (other.vocab_size, other.block_size) != (config.vocab_size, config.block_size):
+            raise ValueError(
+                f"--base {args.base} has another vocab_size or n_positions than --init_from "
+                f"{args.init_from}; name a model with the same"
+            )
+    sets, notes, crcs = read_data(args, enc, config.block_size)
+    check_unchanged(crcs, saved and saved["inputs"])
     inputs |= crcs
     if args.keep == "best" and not sets["test"]:
         raise ValueError(
             "--keep best needs a score: name --test, or add an answer to --data's rows"
         )
-    student = copy.deepcopy(base)
-    base.requires_grad_(False)
-    # A teacher that never moves is the base. SFT has one for samples.jsonl only.
-    frozen = args.method == "sft" or args.teacher == "frozen"
-    teacher = base if frozen else copy.deepcopy(base)
+    start = teacher = None
+    if args.lora_rank:
+        start = student.requires_grad_(False)
+        torch.manual_seed(args.seed)  # of the adapters
+        student = lora.add_adapters(lora.share(start), args.lora_rank, args.lora_alpha)
+    if args.method == "sdft" and args.teacher == "frozen":
+        start = teacher = copy.deepcopy(student) if start is None else start
+    elif args.method == "sdft":
+        teacher = lora.share(student)
+    for model in (start, teacher):
+        if model is not None:
+            model.requires_grad_(False)
     optimizer = settings.make_optimizer(student, args)
-    rollout_model = settings.make_rollout_model(student, args, device)
-    models = base, student, teacher, optimizer, rollout_model
+    models = start, student, teacher, optimizer
     run = Run(args, device, rank, n_processes, enc, sets, inputs, *models)
     if saved:
         run.step, run.base_scores = saved["step"], saved["base_scores"]
@@ -115,9 +144,22 @@ def prepare(args, saved, device, rank, n_processes):
     return run
 
 
-def check_unchanged(crcs, saved):
+def load(flag, source, reader):
+    try:
+        return reader(source)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"--{flag} {source}: {e}") from None
+
+
+def source_crcs(source):
+    """path: CRC-32, or None if there is none, of a model's files."""
+    files = checkpoint.source_files(source)
+    return {str(file): checkpoint.crc32(file) if file.is_file() else None for file in files}
+
+
+def check_unchanged(crcs, inputs):
     for path, crc in crcs.items():
-        if saved and saved["inputs"].get(path) != crc:
+        if inputs and inputs.get(path) != crc:
             raise ValueError(
                 f"{path} has changed since the run began; restore it, or start in another --out_dir"
             )
@@ -126,10 +168,15 @@ def check_unchanged(crcs, saved):
 def restore(run, saved):
     """Put a checkpoint's state into the run."""
     try:
-        for name in ("student", "teacher"):
-            getattr(run, name).load_state_dict(saved[name])
+        for name, own in run.weights().items():
+            if own.keys() != saved[name].keys():
+                raise ValueError
+            for key, w in own.items():
+                if w.shape != saved[name][key].shape:
+                    raise ValueError
+                w.copy_(saved[name][key])
         moments = saved["optimizer"]["state"]  # {place: {"step", "exp_avg", "exp_avg_sq"}}
-        for i, p in enumerate(run.student.parameters() if run.step else ()):
+        for i, p in enumerate(lora.trained(run.student).values() if run.step else ()):
             shapes = {name: tuple(w.shape) for name, w in moments[i].items()}
             if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
                 raise ValueError
@@ -156,6 +203,7 @@ def read_data(args, enc, block_size):
         "ood": reader.read(args.ood, reader.task) if args.ood else [],
         "prior": reader.read(args.eval, reader.prior) if args.eval else [],
     }
+    sets |= {f"old {file}": reader.read(file, reader.task) for file in args.old or ()}
     sets["test"] = sets["test"] or [row for row in sets["train"] if row["answer"]]
     return sets, reader.notes, crcs
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from gpt2 import fast
+from gpt2 import lora
 from gpt2.data import TEMPLATES
 
 TEXTS = {  # flag: (default, help)
@@ -15,6 +15,11 @@ TEXTS = {  # flag: (default, help)
         "gpt2",
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or weights file in Hugging Face's "
         "GPT-2 format, e.g. the --out_dir of a finished run",
+    ),
+    "base": (
+        None,
+        "the model that the KL is measured to, e.g. the original one if --init_from names a "
+        "finished run (default: --init_from)",
     ),
     "data": (None, "JSONL to learn from: prompt, demonstration, article, answer"),
     "test": (None, "JSONL of prompt and answer for the scores (default: rows of --data)"),
@@ -56,6 +61,13 @@ NUMBERS = {  # flag: (default, lowest, highest, help)
     "batch_size": (8, 1, 2**16, "rows per update, over all processes"),
     "micro_batch": (None, 1, 2**31, "rows per forward/backward pass; saves memory (default: all)"),
     "lr": (1e-5, 0, 1, "peak learning rate"),
+    "lora_rank": (
+        None,
+        1,
+        2**16,
+        "train adapters of this rank on the linear layers, and no other weight (default: none)",
+    ),
+    "lora_alpha": (16.0, 1e-6, 1e6, "an adapter's share is multiplied by alpha / rank"),
     "warmup": (10, 0, 2**31, "updates of linear warm-up; the learning rate's cosine ends at 0"),
     "weight_decay": (0.0, 0, 1, "of AdamW"),
     "grad_clip": (1.0, 1e-6, 1e6, "largest gradient norm"),
@@ -78,6 +90,12 @@ def parse_args(description, argv=None):
     for name, (default, _, _, text) in NUMBERS.items():
         kind, tail = (int, "") if default is None else (type(default), shown)
         p.add_argument(f"--{name}", type=kind, default=default, help=text + tail)
+    p.add_argument(
+        "--old",
+        nargs="+",
+        metavar="FILE",
+        help="JSONL of prompt and answer, of tasks learned earlier, which every evaluation scores",
+    )
     reads = p.add_mutually_exclusive_group()
     reads.add_argument(
         "--teacher_reads",
@@ -128,6 +146,9 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not (type(value) is str and is_utf8(value)):
             raise ValueError(f"--{name} must be text in UTF-8, without a NUL character")
+    for file in [] if args.old is None else args.old:
+        if not (type(file) is str and is_utf8(file)):
+            raise ValueError("--old must be names of files in UTF-8, without a NUL character")
     for name, (default, low, high, _) in NUMBERS.items():
         value, kind = getattr(args, name), int if default is None else type(default)
         if value is None and default is None:
@@ -186,15 +207,14 @@ def autocast(args, device):
 
 
 def make_optimizer(student, args):
+    weights = lora.trained(student).values()
     # fused: one pass over the weights, which takes a tenth of the time on a CPU.
-    return torch.optim.AdamW(
-        student.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
-def make_rollout_model(student, args, device):
+def rollout_dtype(args, device):
     name = args.dtype if args.rollout_dtype == "auto" else args.rollout_dtype
-    return fast.RolloutGPT.of(student, compute_dtype(name, device))
+    return compute_dtype(name, device)
 
 
 def learning_rate(step, steps, lr, warmup):

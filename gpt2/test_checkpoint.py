@@ -15,7 +15,7 @@ import model as model_file
 from gpt2 import checkpoint
 from gpt2.checkpoint import load_model, save_model
 from gpt2.conftest import small_gpt
-from model import GPT
+from model import GPT, TRANSPOSED
 
 
 @pytest.fixture(params=["model.safetensors", "pytorch_model.bin"])
@@ -60,6 +60,23 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
         assert loaded.config == model.config and all(p.requires_grad for p in loaded.parameters())
         same(loaded, model)
     same(GPT.from_pretrained(tmp_path), model)  # the core reads the same files
+
+
+def test_a_mapped_model_is_the_file_itself(form, tmp_path):
+    """The same numbers, frozen; and a change of the file's bytes is seen, as nothing was copied."""
+    model = small_gpt()
+    save_model(model, tmp_path)
+    mapped = checkpoint.map_model(str(tmp_path))
+    same(mapped, model)
+    assert not any(p.requires_grad for p in mapped.parameters())
+    for name, w in mapped.state_dict().items():
+        content, weight = (tmp_path / form).read_bytes(), model.state_dict()[name]
+        at = content.find(weight.t().contiguous().numpy().tobytes()[:64])
+        if name.endswith(TRANSPOSED):
+            with open(tmp_path / form, "rb+") as f:
+                f.seek(at)
+                f.write(torch.tensor([7.0]).numpy().tobytes())
+            assert at > 0 and w.flatten()[0] == 7.0, name
 
 
 def test_a_saved_configuration_is_complete(tmp_path):

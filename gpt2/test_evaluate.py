@@ -147,6 +147,30 @@ def test_report_shows_runs_beside_their_base(tmp_path):
     assert "| 0.25 | - | - |" in out and "| 3.00 |" in out
 
 
+def test_old_tasks_are_scored_by_their_files():
+    """Each with its own rows, leniently; an empty set has no score."""
+    model = Table(chain("1ab", "2cd"))
+    old = {"old a.jsonl": [row("1", "ab"), row("2", "x")], "old b.jsonl": [row("2", "cd")]}
+    out = scores(model, **old)
+    assert (out["old a.jsonl"], out["old b.jsonl"]) == (0.5, 1.0)
+    assert "old a.jsonl 0.50  old b.jsonl 1.00" in evaluate.line_of(out)
+
+
+def test_the_matrix_shows_what_became_of_a_stage(tmp_path):
+    """Of a second stage the scores before are those after the first; unknown cells are dashes."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    config = dict(method="sdft", steps=4, lr=0.1, data="A", test=None)
+    first = dict(config=config | {"init_from": "gpt2"}, base={"lenient": 0.1})
+    write_results(a, **first, final={"lenient": 0.9, "exact": 0.8})
+    second = config | dict(data="B", test="T", init_from=f"{a}/", old=["A"])
+    before, after = {"lenient": 0.2, "old A": 0.9}, {"lenient": 0.7, "old A": 0.6}
+    write_results(b, config=second, base=before, final=after)
+    rows = evaluate.report([a, b]).split("\n\n")[1].splitlines()
+    assert rows[0] == "| lenient, after | A | T |" and rows[2] == "| gpt2 | 0.10 | - |"
+    assert rows[3:] == [f"| {a} | 0.90 | 0.20 |", f"| {b} | 0.60 | 0.70 |"]
+    assert "lenient, after" not in evaluate.report([a])  # a run alone has no stages
+
+
 def test_a_report_of_damaged_results_names_the_folder(tmp_path):
     """Cut off anywhere, or JSON of another kind."""
     folder, r = write_results(tmp_path / "a"), random.Random(3)

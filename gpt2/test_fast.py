@@ -141,18 +141,14 @@ def test_rollout_model_decodes_what_the_student_computes(dtype, prompts):
     torch.testing.assert_close(torch.stack(logits, 1).float(), expected, **tolerance)
 
 
-def test_rollout_model_shares_or_follows_the_student():
-    """Stale weights would make the samples off-policy; a float32 copy would cost memory."""
+def test_rollout_model_shares_the_students_memory():
+    """A float32 copy would cost memory; one in bfloat16 has the same weights, rounded."""
     student = tiny()
     shared, half = fast.RolloutGPT.of(student), fast.RolloutGPT.of(student, torch.bfloat16)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(1.0)
     for model in (shared, half):
-        model.follow(student)
         for ours, theirs in zip(model.parameters(), student.parameters(), strict=True):
             assert torch.equal(ours, theirs.to(ours.dtype)) and not ours.requires_grad
-    assert shared.h[0].mlp.c_fc.weight.data_ptr() == student.h[0].mlp.c_fc.weight.data_ptr()
+            assert (ours.data_ptr() == theirs.data_ptr()) == (model is shared)
     assert all(p.requires_grad for p in student.parameters())
 
 
@@ -283,8 +279,7 @@ def test_step_equals_the_textbook_step(size, options, textbook_draws):
         if step is sdft.train_step:
             loss, info = step(*inputs, **options)
         else:
-            extra = dict(rollout_model=fast.RolloutGPT.of(student), generators=streams())
-            loss, info = step(*inputs, **extra, **options, **size)
+            loss, info = step(*inputs, generators=streams(), **options, **size)
         results.append((loss, info, student.state_dict(), teacher.state_dict()))
     lengths = results[0][1]["mask"].sum(1).tolist()
     assert len(set(lengths)) == 3  # a wrong weight of rows or tokens would not show otherwise
@@ -319,12 +314,12 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size):
 def test_bfloat16_copy_samples_and_student_is_scored():
     """The copy has the student's weights of that step; loss and gradient are float32's."""
     student, teacher = tiny(0), tiny(1).requires_grad_(False)
-    copy_ = fast.RolloutGPT.of(tiny(2), torch.bfloat16)  # stale weights, to be replaced
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     for seed in range(2):
         before, teacher_before = copy.deepcopy(student), copy.deepcopy(teacher)
         models = student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 9, EOS
-        loss, info = fast.train_step(*models, rollout_model=copy_, generators=streams(seed))
+        how = dict(rollout_dtype=torch.bfloat16, generators=streams(seed))
+        loss, info = fast.train_step(*models, **how)
         half = fast.RolloutGPT.of(before, torch.bfloat16)
         completions, mask = fast.rollout(half, PROMPTS, 9, EOS, generators=streams(seed))
         assert torch.equal(info["completions"], completions) and torch.equal(info["mask"], mask)
@@ -334,20 +329,28 @@ def test_bfloat16_copy_samples_and_student_is_scored():
 
 
 @pytest.mark.parametrize("flags", [[], ["bfloat16"], ["bfloat16", "float32"], ["auto", "bfloat16"]])
-def test_each_phase_runs_in_the_dtype_asked_for(flags):
+def test_each_phase_runs_in_the_dtype_asked_for(flags, monkeypatch):
     """--dtype is that of the scoring, --rollout_dtype of the rollout; weights stay float32."""
     names = "--dtype", "--rollout_dtype"
     argv = [word for pair in zip(names, flags) for word in pair]
     args, _ = settings.parse_args("", ["--out_dir", "unused", *argv])
     student, teacher = tiny(), tiny(1).requires_grad_(False)
-    rollout_model = settings.make_rollout_model(student, args, CPU)
     optimizer, seen = settings.make_optimizer(student, args), {"scoring": set(), "rollout": set()}
-    for phase, model in (("scoring", student), ("rollout", rollout_model)):
-        c_attn = model.h[0].attn.c_attn
-        c_attn.register_forward_hook(lambda *call, phase=phase: seen[phase].add(call[2].dtype))
+
+    def spy(phase, c_attn):
+        c_attn.register_forward_hook(lambda *call: seen[phase].add(call[2].dtype))
+
+    def rollout(model, *rest):
+        spy("rollout", model.h[0].attn.c_attn)
+        return roll_out(model, *rest)
+
+    roll_out = fast.rollout
+    monkeypatch.setattr(fast, "rollout", rollout)
+    spy("scoring", student.h[0].attn.c_attn)
     models = student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 5, EOS
     with settings.autocast(args, CPU):
-        fast.train_step(*models, rollout_model=rollout_model, generators=streams())
+        how = dict(rollout_dtype=settings.rollout_dtype(args, CPU), generators=streams())
+        fast.train_step(*models, **how)
     half = ["bfloat16" in (flags[:1] or [""]), "bfloat16" in (flags[-1:] or [""])]
     dtypes = [{torch.bfloat16 if h else torch.float32} for h in half]
     assert [seen["scoring"], seen["rollout"]] == dtypes
@@ -363,9 +366,8 @@ def test_autocast_keeps_every_gradient_in_float32():
         student, teacher = tiny(ends=0.0), tiny(1).requires_grad_(False)
         optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
         models = student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 9, EOS
-        extra = dict(rollout_model=fast.RolloutGPT.of(student), generators=streams())
         with settings.autocast(args, CPU):
-            fast.train_step(*models, **extra, grad_clip=1e6)
+            fast.train_step(*models, generators=streams(), grad_clip=1e6)
         moved = zip(student.named_parameters(), tiny(ends=0.0).parameters())
         steps.append({name: after.detach() - before.detach() for (name, after), before in moved})
     for name, exact in steps[0].items():

@@ -5,12 +5,23 @@ Two runs with every number changed, one per method, against direct calls of the 
 
 import argparse
 import copy
+import json
 
 import pytest
 import torch
 
 from gpt2 import checkpoint, evaluate, fast, look, settings, train
-from gpt2.conftest import EOS, flags, last_checkpoint, lines, metrics, weights, write_rows
+from gpt2.conftest import (
+    EOS,
+    error_of,
+    flags,
+    last_checkpoint,
+    lines,
+    metrics,
+    small_gpt,
+    weights,
+    write_rows,
+)
 from gpt2.data import RowReader, load_encoding, minibatch, pad_right
 from gpt2.run import read_data
 from model import GPT
@@ -49,7 +60,7 @@ def changed_runs(tmp_path_factory, base, data):
 @pytest.fixture(scope="module")
 def direct(changed_runs, base, data):
     """The same training by direct calls: student, teacher and info of every step, by method."""
-    assert set(CHANGED) == set(settings.NUMBERS)
+    assert set(CHANGED) | {"lora_rank", "lora_alpha"} == set(settings.NUMBERS)  # see test_lora.py
     out = {}
     for method in ("sdft", "sft"):
         student = checkpoint.load_model(str(base))
@@ -72,7 +83,7 @@ def direct(changed_runs, base, data):
                 continue
             inputs = prompts, [row["teacher_ids"] for row in batch], 7, EOS
             how = dict(divergence="jsd", alpha=0.3, temperature=0.8, grad_clip=0.05, skip_tokens=1)
-            how |= dict(rollout_model=fast.RolloutGPT.of(student), micro_batch=2)
+            how["micro_batch"] = 2
             how["generators"] = fast.row_generators(7, step, range(3), CPU)
             steps.append(fast.train_step(student, teacher, optimizer, *inputs, **how))
         out[method] = student, teacher, steps
@@ -214,14 +225,43 @@ def test_every_set_is_read_from_its_flag(tmp_path, base):
         assert read == {name: [f"Of {flag}?\n"] for name, flag in names.items()}
 
 
+def test_the_base_is_what_the_kl_is_measured_to(tmp_path, base, data):
+    """--base, in a second stage; before its first step the KL is what the first stage left."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(flags(base, data, first, steps=2))
+    old = ["--old", data / "ood.jsonl", "--test", data / "ood.jsonl"]
+    train.main(flags(first, data, second, "--base", base, "--lr", 0, *old, steps=1))
+    results = json.loads((second / "results.json").read_text())
+    sets, enc = {"train": [], "ood": [], "prior": []}, load_encoding(base)
+    reader = RowReader(enc, 320, 6)
+    sets["test"] = reader.read(data / "ood.jsonl", reader.task)
+    models = checkpoint.load_model(str(first)), checkpoint.load_model(str(base))
+    kl = evaluate.evaluate(models[0], sets, enc, 6, 4, models[1])["kl_to_base"]
+    for when in ("base", "final"):
+        assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
+        assert results[when][f"old {data / 'ood.jsonl'}"] == results[when]["lenient"]
+    assert "as_teacher" in results["base"]
+
+
+def test_a_base_of_another_shape_is_named(tmp_path, base, data):
+    """Before anything is written, as is one that is not there."""
+    checkpoint.save_model(small_gpt(vocab_size=300), tmp_path / "odd")
+    argv = flags(base, data, tmp_path / "out")
+    assert "--base" in error_of(*argv, "--base", tmp_path / "odd")
+    assert "--base nowhere" in error_of(*argv, "--base", "nowhere")
+    assert "cannot read nowhere.jsonl" in error_of(*argv, "--old", "nowhere.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
 def test_the_teacher_follows_its_flag(name, alpha, tmp_path, base, data):
-    """φ = α θ + (1 - α) φ after one step. The base, which KL is measured to, does not move."""
+    """φ = α θ + (1 - α) φ after one step; a frozen teacher is --init_from and not saved again."""
     more = ["--teacher", name, "--ema_alpha", 0.25, "--eval_every", 9]
     train.main(flags(base, data, tmp_path / "out", *more, steps=1))
     before, saved = weights(base), last_checkpoint(tmp_path / "out")
     student, teacher = saved["student"], saved["teacher"]
     assert not torch.equal(student["wte.weight"], before["wte.weight"])
-    expected = {k: alpha * student[k] + (1 - alpha) * before[k] for k in before}
+    moves = before if alpha else {}
+    expected = {k: alpha * student[k] + (1 - alpha) * before[k] for k in moves}
     torch.testing.assert_close(teacher, expected, rtol=0, atol=1e-6)
     assert lines(tmp_path / "out" / "metrics.jsonl")[-1]["eval"]["kl_to_base"] > 0

@@ -103,6 +103,20 @@ def test_resume_notices_a_changed_base(name, tmp_path, base, data):
     assert "has changed since the run began" in error_of("--resume", "--out_dir", out)
 
 
+def test_a_source_that_changes_under_a_run_is_noticed(tmp_path, base, data, monkeypatch):
+    """The base is read again at every evaluation; another one would give another KL silently."""
+    source, update = tmp_path / "source", train.update
+    shutil.copytree(base, source)
+
+    def changes(*arguments):
+        checkpoint.save_model(small_gpt(seed=5), source)
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", changes)
+    message = error_of(*flags(source, data, tmp_path / "out"))
+    assert "has changed since the run began" in message
+
+
 def test_resuming_a_finished_run_repeats_no_line(tmp_path, finished, monkeypatch):
     """Nor of a run that was killed between its last evaluation and results.json."""
     out = tmp_path / "out"

@@ -5,7 +5,10 @@
     python -m gpt2.train --method sft --init_from gpt2 --data data/facts.jsonl \\
         --eval data/prior.jsonl --out_dir out/sft
     python -m gpt2.train --report out/facts out/sft           # finished runs side by side
-    python -m gpt2.train --init_from out/facts --data data/units.jsonl --out_dir out/units
+    python -m gpt2.train --init_from out/facts --base gpt2 --data data/units.jsonl \\
+        --old data/facts.jsonl --out_dir out/units            # a second task, after the first
+    python -m gpt2.train --init_from gpt2 --data data/facts.jsonl --lora_rank 16 --lr 1e-4 \\
+        --out_dir out/lora                                    # adapters in place of all weights
     python -m gpt2.train --resume --out_dir out/facts         # go on after an interruption
     torchrun --nproc_per_node=2 -m gpt2.train ...             # several processes, the same update
 
@@ -31,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpt2 import checkpoint, evaluate, fast, settings
+from gpt2 import checkpoint, evaluate, fast, lora, settings
 from gpt2.data import minibatch
 from gpt2.run import check_folder, held, prepare
 
@@ -71,8 +74,8 @@ def update(run, rows, generators):
             [row["teacher_ids"] for row in rows],
             args.max_new_tokens,
             eos_id,
-            rollout_model=run.rollout_model,
             generators=generators,
+            rollout_dtype=settings.rollout_dtype(args, run.device),
             divergence=args.divergence,
             alpha={"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher],
             temperature=args.temperature,
@@ -152,7 +155,7 @@ def train(run):
             run.say(head + LOG_LINE[args.method].format(**metrics, left=left))
             last, tokens = now, 0
         if run.rank == 0 and run.step % args.eval_every == 0 and not done:
-            run.say(head + evaluate.line_of(run.evaluate(run.student)))
+            run.say(head + evaluate.line_of(run.evaluate()))
             last, tokens = time.perf_counter(), 0
         if run.rank == 0 and (run.step % args.save_every == 0 or done or stopped):
             run.save()
@@ -189,9 +192,11 @@ def fine_tune(args, given, rank, n_processes, stack):
         checkpoint.make_folder(out, exist_ok=False)
         stack.enter_context(held(out))
     parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
+    trained = sum(p.numel() for p in lora.trained(run.student).values()) / 1e6
+    adapters = f", {trained:.1f}M of them trained" if args.lora_rank else ""
     dtype = str(settings.compute_dtype(args.dtype, device)).removeprefix("torch.")
     run.say(
-        f"{args.method} from {args.init_from}: {parameters:.1f}M parameters, "
+        f"{args.method} from {args.init_from}: {parameters:.1f}M parameters{adapters}, "
         f"{len(run.sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
         f"device {device} x {n_processes}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {dtype}"
@@ -200,7 +205,7 @@ def fine_tune(args, given, rank, n_processes, stack):
         for file in ("metrics.jsonl", "samples.jsonl"):
             checkpoint.forget_after(out / file, run.step if saved else -1, args.steps)
         if not saved:
-            run.base_scores = run.evaluate(run.base)
+            run.base_scores = run.evaluate(start=True)
             run.save()  # from here on the folder can be resumed
         run.say("base  " + evaluate.line_of(run.base_scores))
     if saved:
@@ -216,8 +221,10 @@ def fine_tune(args, given, rank, n_processes, stack):
         again = f"python -m gpt2.train --resume --out_dir {out}"
         run.say(f"stopped after step {run.step}, saved; go on with: {again}")
     elif rank == 0:
-        final = run.evaluate(run.student)
-        checkpoint.save_model(run.student, out)
+        final = run.evaluate()
+        checkpoint.save_model(lora.merge(run.student), out)
+        if args.lora_rank:
+            checkpoint.save_adapters(run.student, out / "adapter", args.init_from)
         checkpoint.copy_tokenizer(checkpoint.source_folder(args.init_from), out)
         results = {"config": vars(args), "command": settings.command(args), "base": run.base_scores}
         results["final"] = final
