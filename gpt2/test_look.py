@@ -137,3 +137,10 @@ def test_results_name_the_command_of_the_run(run, base, data):
     words = shlex.split(results["command"])
     assert words[:3] == ["python", "-m", "gpt2.train"]
     assert vars(settings.parse_args("", words[3:])[0]) == results["config"]
+
+
+def test_a_command_names_several_files():
+    """A flag of several values, and one with a space in its name."""
+    args, _ = settings.parse_args("", ["--out_dir", "o", "--old", "a b.jsonl", "c.jsonl"])
+    words = shlex.split(settings.command(args))
+    assert vars(settings.parse_args("", words[3:])[0]) == vars(args)
