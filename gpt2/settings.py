@@ -136,7 +136,8 @@ def command(args):
     words, defaults = ["python", "-m", "gpt2.train"], vars(parse_args("", ["--out_dir", "."])[0])
     for name, value in vars(args).items():
         if value != defaults[name] and name != "resume":
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)]
     return shlex.join(words)
 
 
