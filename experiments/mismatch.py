@@ -57,13 +57,15 @@ def measure(seed, settings, kind="wrong", share=0.0):
 
 
 def claims(at):
-    pair = [at("20% wrong", "new"), at("20% wrong, sft in own style", "new")]
-    yield (
-        "with 20% wrong demonstrations SDFT learns more than SFT in the model's own style (new)",
-        "not reported",
-        verdicts.against(*pair),
-        verdicts.more(*pair),
-    )
+    for metric in ("new", "sampled"):
+        pair = [at(arm, metric) for arm in ("20% wrong", "20% wrong, sft in own style")]
+        yield (
+            "with 20% wrong demonstrations SDFT learns more than SFT in the model's own style "
+            f"({metric})",
+            "not reported",
+            verdicts.against(*pair),
+            verdicts.more(*pair),
+        )
     pair = [at("none", "new"), at("20% wrong", "new")]
     yield (
         "20% wrong demonstrations cost accuracy (new: none against 20% wrong)",
