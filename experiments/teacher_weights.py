@@ -6,10 +6,10 @@ paper (tool use): EMA about 70, frozen about 65, and with a live teacher trainin
     python -m experiments.teacher_weights --seeds 5
 
 α is the student's share in the teacher at every update: 0 frozen, 1 live. On skill X with SDFT's
-settings, at the highest rate of the sweep ("fast"), and with 30% of the demonstrations wrong ("noisy"), where
-the teacher starts out imperfect and a moving one could gain. "teacher" is the final teacher's
-accuracy with right demonstrations, "teacher, noisy" with the training's. "collapsed" is the share
-of seeds that end below half of the base's accuracy on X.
+settings, at the highest rate of the sweep ("fast"), and with 30% of the demonstrations wrong
+("noisy"), where the teacher starts out imperfect and a moving one could gain. "teacher" is the
+final teacher's accuracy with right demonstrations, "teacher, noisy" with the training's.
+"collapsed" is the share of seeds that end below half of the base's accuracy on X.
 """
 
 from experiments import runner, verdicts
