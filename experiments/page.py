@@ -247,8 +247,11 @@ def results_table(results):
 
 def choose(rows, labels):
     """The prompts with their responses, few enough for a page, and a note if not all are there."""
-    groups = {}
+    groups, began = {}, {}
     for row in rows:
+        # The model before training is an arm's student at step 0 of what it learned first.
+        first = began.setdefault((row["run"], row["phase"]), row["skill"])
+        row["untrained"] = row["step"] == 0 and row["skill"] == first
         tracks = groups.setdefault((row["prompt"], row["kind"], row["expected"]), {})
         tracks.setdefault((row["run"], row["phase"], row["role"]), []).append(row)
     new, prior = ([key for key in groups if key[1] == kind] for kind in ("new", "prior"))
@@ -273,7 +276,7 @@ def prompt_view(prompt, kind, expected, tracks, labels):
         if track[0]["role"] == "teacher":
             teacher.setdefault("teacher" + run, track[0])
             continue
-        if track[0]["step"] == 0:
+        if track[0]["untrained"]:
             base.setdefault("base" + run, track[0])
         if arm is not None:
             last[labels[arm]] = track[-1]

@@ -208,6 +208,17 @@ def test_answers_stand_side_by_side(run):
     assert [side[2:] for side in sides][:2] == [[False, "step 0"], [True, "step 10"]]
 
 
+def test_a_later_skills_start_is_not_the_base(tmp_path):
+    """By then the arm has been trained: the base's column stays empty."""
+    folder = make_run(tmp_path / "run")
+    rows = samples.read(folder / "samples.jsonl")[0]
+    later = [row | {"skill": "Y", "prompt": "later"} for row in rows if row["role"] == "student"]
+    samples.append(folder / "samples.jsonl", later)
+    prompts = {p["prompt"]: p["sides"] for p in written(folder)[1]["prompts"]}
+    assert [side[0] for side in prompts["later"]] == ["SFT", "SDFT"]
+    assert prompts[PROMPTS[0][0]][0][0] == "base"
+
+
 def test_curves_follow_the_metrics(run):
     """Skill after skill; pretraining, which the arms share, is left out."""
     arms = written(run)[1]["arms"]
