@@ -78,7 +78,7 @@ def result_of(folder, name):
 def kind(arm):
     """Arms of one kind differ in numbers alone."""
     step = (arm.get("settings") or arm).get("step")
-    return str([[*arm], arm.get("world"), arm.get("text"), step])
+    return str([[*arm], arm.get("world"), arm.get("text"), arm.get("name"), step])
 
 
 @pytest.mark.parametrize("name", all_of_them.NAMES)
@@ -104,6 +104,7 @@ def test_every_experiment_runs_and_is_reported(name, folder, monkeypatch, capsys
     printed = capsys.readouterr().out
     for column in module.COLUMNS:
         assert any(column in row["metrics"] for row in result["rows"]) and column in printed
+    monkeypatch.setattr(module, "ARMS", arms)
     # The report and the figure have all arms: each takes the numbers of its kind, on two seeds.
     metrics = {row["arm"]: {k: v * 2 for k, v in row["metrics"].items()} for row in result["rows"]}
     rows = [{"arm": arm, "metrics": metrics[one_of[kind(arms[arm])]]} for arm in arms]
