@@ -371,7 +371,7 @@ def test_steps_count_up_to_the_first_error():
     data = of_skill("X", n_digits=5)
     wrong = {key: values.copy() for key, values in data.items()}
     wrong["answers"][:100, 1] += 10  # in letters, which is right
-    for rows, step in [(slice(100, 200), 1), (slice(0, 200), 3)]:
+    for rows, step in [(slice(100, 200), 1), (slice(200, 300), 3)]:
         wrong["answers"][rows, step] = (wrong["answers"][rows, step] + 1) % 10
     assert on_policy.by_step(LookUp(wrong), data) == {"step 1": 1, "step 2": 0.75, "step 4": 0.5}
     assert on_policy.by_step(LookUp(), of_skill("X")) == {"step 1": 0, "step 2": 0}
