@@ -10,7 +10,7 @@ lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never traine
 the 60 entities of pretraining, on both questions. The rates are chosen by a second run on 20 other
 entities ("val strict", "val known"). "sdft + known" takes turns: after every update on the new
 facts one on prompts of known ones, with the base as the teacher, which then reads no text; it
-reads the question `?A` only, so that "known" covers one it does not rehearse.
+reads question A only, so that "known" covers one it does not rehearse.
 """
 
 import torch

@@ -16,7 +16,7 @@ from data import toy
 from experiments import runner, verdicts
 from experiments.common import base, skill, skill_metrics, train
 from experiments.settings import SDFT, SDFT_FORWARD, SFT_OWN
-from train_toy import evaluate
+from train_toy import evaluate, sdft_step
 
 SHARES = (0.2, 1.0)
 ARMS = {"none": dict(settings=SDFT), "none, forward KL": dict(settings=SDFT_FORWARD)}
@@ -52,8 +52,10 @@ def measure(seed, settings, kind="wrong", share=0.0):
     start = base(seed)
     data = spoiled(skill("X", "train", seed, settings.get("style", "expert")), kind, share, seed)
     student, _ = train(start, data, seed, **settings)
-    teacher = evaluate(start, {"X": data}, "teacher_prompts")[0]["X"]
-    return skill_metrics(student, start, seed) | {"teacher": teacher}
+    metrics = skill_metrics(student, start, seed)
+    if settings["step"] is sdft_step:
+        metrics["teacher"] = evaluate(start, {"X": data}, "teacher_prompts")[0]["X"]
+    return metrics
 
 
 def claims(at):

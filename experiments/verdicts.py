@@ -5,7 +5,7 @@ same inputs. Its mean over n seeds has a 95% confidence interval of ± t · s / 
 verdict is
 
     yes            the interval is above zero, and the mean is above MARGIN
-    no             the mean is within MARGIN of zero, or the interval is below zero
+    no             the interval is below MARGIN: there is no difference that counts
     undecided      anything else: more seeds would tell
 
 MARGIN is the difference that counts: two standard errors of one accuracy near .95 on 400 answers.
@@ -34,7 +34,7 @@ def more(a, b, margin=MARGIN):
     text = f"({mean:+.2f} ± {half:.2f})"
     if mean - half > 0 and mean > margin:
         return f"yes {text}"
-    if mean + half < 0 or abs(mean) <= margin:
+    if mean + half <= margin:
         return f"no {text}"
     return f"undecided {text}"
 
