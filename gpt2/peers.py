@@ -30,11 +30,10 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PAR
 QUIET |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 OURS = {  # name: flags
     "float32": [],
-    "float32, 2 rows at a time": ["--micro_batch", "2"],
     "float32, rollout in bfloat16": ["--rollout_dtype", "bfloat16"],
     "bfloat16": ["--dtype", "bfloat16"],
-    "bfloat16, 2 rows at a time": ["--dtype", "bfloat16", "--micro_batch", "2"],
     "float32, --lora_rank 16": ["--lora_rank", "16"],
+    "float32, --lora_rank 16 --micro_batch 2": ["--lora_rank", "16", "--micro_batch", "2"],
 }
 THEIRS = {  # name: TRL's settings
     "float32": {"bf16": False, "gradient_checkpointing": False},
