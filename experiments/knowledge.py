@@ -106,6 +106,14 @@ def claims(at):
         verdicts.against(sdft["known"], sft["known"]),
         verdicts.more(sdft["known"], sft["known"]),
     )
+    rehearsed = {m: at("sdft + known", m) for m in ("OOD", "known")}
+    for metric, what in (("OOD", "answers other questions better"), ("known", "keeps more")):
+        yield (
+            f"SDFT that takes turns with known facts' prompts {what} than SFT ({metric})",
+            "not reported",
+            verdicts.against(rehearsed[metric], sft[metric]),
+            verdicts.more(rehearsed[metric], sft[metric]),
+        )
 
 
 if __name__ == "__main__":
