@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, rollout, sft_loss, train_step
 
 MODEL = dict(block_size=32, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
-TEACHER_GATE = 0.9  # a teacher below this accuracy has nothing to distil
+TEACHER_GATE = 0.95  # a teacher below this accuracy has nothing to distil
 
 
 def sft_step(student, teacher, optimizer, batch, generator):
