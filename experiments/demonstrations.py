@@ -42,7 +42,7 @@ def claims(at):
         pair = [at(f"{n}, {arm}", "new") for arm in ("sdft", "sft")]
         yield (
             f"SDFT learns more than SFT from {n} demonstrations (new)",
-            "4 to 5 points more from the full sets",
+            "4 to 7 points more from the full sets",
             verdicts.against(*pair),
             verdicts.more(*pair),
         )

@@ -5,7 +5,7 @@ teacher worst, and the original model as a fixed teacher best (arXiv 2607.11020)
 
     python -m experiments.many_stages --seeds 5
 
-The eight skills of which the base is right as often as in the toy, then five others on which its
+The eight skills of which the base's training was right as often as in the toy, then five others on which its
 training was right from 0 to 60 of 100 times, in an order that changes with the seed; 60 updates
 each. The teacher is a moving average that starts as the current student, the student as the stage
 found it, or the original base. "own" is the mean over the eight skills right after their stages,
