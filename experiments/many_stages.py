@@ -5,11 +5,12 @@ teacher worst, and the original model as a fixed teacher best (arXiv 2607.11020)
 
     python -m experiments.many_stages --seeds 5
 
-The eight skills of which the base's training was right as often as in the toy, then five others on which its
-training was right from 0 to 60 of 100 times, in an order that changes with the seed; 60 updates
-each. The teacher is a moving average that starts as the current student, the student as the stage
-found it, or the original base. "own" is the mean over the eight skills right after their stages,
-"8" and "end" their mean after stages 8 and 13; "prior 4" to "prior 13" are the prior skills.
+The eight skills of which the base's training was right as often as in the toy, then five others on
+which its training was right from 0 to 60 of 100 times, in an order that changes with the seed; 60
+updates each. The teacher is a moving average that starts as the current student, the student as the
+stage found it, or the original base. "own" is the mean over the eight skills right after their
+stages, "8" and "end" their mean after stages 8 and 13; "prior 4" to "prior 13" are the prior
+skills.
 """
 
 import numpy as np
