@@ -4,18 +4,19 @@ The paper trains on full sets only, so its "SDFT learns more than SFT" does not 
 
     python -m experiments.demonstrations --seeds 5
 
-Every method has 160 updates and two rates for every number of demonstrations, the better of which
-is chosen on validation inputs; a batch has at most as many rows as there are demonstrations.
+Every method has 160 updates, and for every number of demonstrations two rates, SFT all five, of
+which the best is chosen on validation inputs. A batch has at most as many rows as there are
+demonstrations.
 """
 
 from experiments import runner, verdicts
 from experiments.common import base, first_rows, skill, skill_metrics, train, validation
-from experiments.settings import HIGH, LOW, chosen, grid
+from experiments.settings import LOW, chosen, grid
 from train_toy import sdft_step, sft_step
 
 NUMBERS = [8, 16, 32, 64, 128, 400]
 FAMILIES = {
-    "sft": dict(step=sft_step, rates=HIGH[1:]),
+    "sft": dict(step=sft_step),
     "sft, own style": dict(step=sft_step, style="own", rates=LOW),
     "sdft": dict(step=sdft_step, rates=LOW),
     "sdft, forward KL": dict(step=sdft_step, divergence="forward", rates=LOW),

@@ -8,9 +8,10 @@ SDFT 89/100/98, base with the article in its prompt 91/100/100. It does not repo
 Training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is correct;
 lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never trained on. "known" are
 the 60 entities of pretraining, on both questions. The rates are chosen by a second run on 20 other
-entities ("val strict", "val known"). "sdft + known" takes turns: after every update on the new
-facts one on prompts of known ones, with the base as the teacher, which then reads no text; it
-reads question A only, so that "known" covers one it does not rehearse.
+entities ("val strict", "val known"). "+ known" takes turns: after every update on the new facts
+follows one of SDFT on prompts of known ones, with the base as the teacher, which then reads no
+text; it reads question A only, so that "known" covers one it does not rehearse. Twice the updates,
+then, and a frozen teacher, which "sdft, frozen teacher" has alone.
 """
 
 import torch
@@ -22,10 +23,10 @@ from experiments.settings import HIGH, MIDDLE, grid
 from train_toy import evaluate, sdft_step, sft_step
 
 
-def sdft_and_known_step(student, teacher, optimizer, batch, generator, known):
-    """SDFT on new facts, then on as many known ones, which the frozen base answers by itself."""
+def and_known_step(student, teacher, optimizer, batch, generator, known, first, **settings):
+    """`first` on new facts, then SDFT on as many known ones, which the base answers by itself."""
     rows = torch.randint(len(known), (len(batch["prompts"]),), generator=generator).numpy()
-    loss = sdft_step(student, teacher, optimizer, batch, generator, alpha=0.0)
+    loss = first(student, teacher, optimizer, batch, generator, **settings)
     prompts = dict(prompts=known[rows], teacher_prompts=known[rows])
     sdft_step(student, teacher, optimizer, batch | prompts, generator, alpha=0.0)
     return loss
@@ -35,7 +36,9 @@ FAMILIES = {
     "sft": dict(step=sft_step, rates=HIGH),
     "sdft": dict(step=sdft_step, rates=MIDDLE),
     "sdft, forward KL": dict(step=sdft_step, divergence="forward", rates=MIDDLE),
-    "sdft + known": dict(step=sdft_and_known_step, rates=MIDDLE),
+    "sdft, frozen teacher": dict(step=sdft_step, alpha=0.0, rates=MIDDLE),
+    "sdft + known": dict(step=and_known_step, first=sdft_step, alpha=0.0, rates=MIDDLE),
+    "sft + known": dict(step=and_known_step, first=sft_step, rates=HIGH),
 }
 ARMS = {"base": {}, "oracle": dict(read="article")}
 ARMS |= {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
@@ -46,7 +49,7 @@ SWEEP = ("val strict", "val known")
 
 def measure(seed, settings=None, read=None):
     start = base(seed, "facts")
-    if settings and settings["step"] is sdft_and_known_step:
+    if settings and settings["step"] is and_known_step:
         settings = settings | dict(known=toy.facts("known", seed)["prompts"])
     metrics = facts_metrics(start, seed, settings, read=read)
     if settings:
@@ -106,13 +109,13 @@ def claims(at):
         verdicts.against(sdft["known"], sft["known"]),
         verdicts.more(sdft["known"], sft["known"]),
     )
-    rehearsed = {m: at("sdft + known", m) for m in ("OOD", "known")}
     for metric, what in (("OOD", "answers other questions better"), ("known", "keeps more")):
+        pair = [at(arm, metric) for arm in ("sdft + known", "sft + known")]
         yield (
-            f"SDFT that takes turns with known facts' prompts {what} than SFT ({metric})",
+            f"if both take turns with known facts' prompts, SDFT {what} than SFT ({metric})",
             "not reported",
-            verdicts.against(rehearsed[metric], sft[metric]),
-            verdicts.more(rehearsed[metric], sft[metric]),
+            verdicts.against(*pair),
+            verdicts.more(*pair),
         )
 
 

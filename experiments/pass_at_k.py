@@ -29,7 +29,7 @@ ARMS = {
     "sdft, forward KL": SDFT_FORWARD,
 }
 ARMS = {arm: dict(settings=settings) for arm, settings in ARMS.items()}
-KS = [1, 2, 4, 8, 16, 32, 64]
+KS = [1, 2, 4, 8, 16, 32, 64, 128]
 COLUMNS = [f"pass@{k}" for k in KS]
 WORLDS = [("skills",)]
 SAMPLES, AT_ONCE = 128, 16

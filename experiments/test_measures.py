@@ -207,7 +207,8 @@ def test_known_facts_are_rehearsed_without_a_text(monkeypatch):
     assert np.array_equal(known, toy.facts("known", 0, "A")["prompts"])
     seen.clear()
     generator = torch.Generator().manual_seed(0)
-    knowledge.sdft_and_known_step("student", "base", None, new, generator, known)
+    rest = dict(known=known, first=step, alpha=0)
+    knowledge.and_known_step("student", "base", None, new, generator, **rest)
     assert seen[0] is new and len(seen[1]["prompts"]) == 20
     assert np.array_equal(seen[1]["teacher_prompts"], seen[1]["prompts"])
     assert {*map(tuple, seen[1]["prompts"])} <= {*map(tuple, known)}
