@@ -11,6 +11,9 @@ test_fast.py holds every pair equal: tokens, loss, gradients and the weights aft
 `python -m gpt2.bench --tricks` measures what each one gains.
 """
 
+import contextlib
+import ctypes
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,7 +26,7 @@ from gpt2.data import batches, pad_right
 from model import GPT, Attention, KVCache
 from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
 
-CHUNK = 128  # tokens whose logits exist at a time
+CHUNK = 64  # tokens whose logits exist at a time
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -162,7 +165,8 @@ class RolloutGPT(GPT):
             for name, child in [*module.named_children()]:
                 if isinstance(child, nn.Linear):
                     setattr(module, name, PackedLinear(child.weight, child.bias))
-        self.packed_head = PackedLinear(self.wte.weight)
+        if not hasattr(self, "lora"):  # Beside adapters it would be the peak of an update.
+            self.packed_head = PackedLinear(self.wte.weight)
 
     def lm_head(self, hidden):
         return super().lm_head(hidden) if self.packed_head is None else self.packed_head(hidden)
@@ -257,6 +261,19 @@ class ChunkedLoss(torch.autograd.Function):
         (grad_hidden, grad_head), ctx.grads = ctx.grads, None
         scaled = [None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_head)]
         return *scaled, None, None, None, None, None
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def give_memory_back():
+    """Tell glibc to return every freed block of 4 MiB or more to the system at once.
+
+    By itself it soon keeps those of up to 32 MiB for later, with holes between that count as used.
+    Without glibc nothing is done.
+    """
+    with contextlib.suppress(AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
 
 
 # --- Steps ----------------------------------------------------------------------------------------
