@@ -181,9 +181,14 @@ def tricks():
     lm_head, c_attn = [torch.randn(V, D)], [torch.randn(3 * D, D) for _ in range(12)]
     with torch.no_grad():
         for what, layers in (("logits", lm_head), ("queries, keys and values", c_attn)):
-            plain = ms(lambda: [F.linear(x, w) for w in layers])
-            few = ms(lambda: [fast.few_rows_linear(x, w) for w in layers])
-            yield f"a step's {what} in float32: x Wᵀ, or W xᵀ", plain, few
+            for dtype in (torch.float32, torch.bfloat16):
+                if not fast.PackedLinear.can_hold(layers[0].to(dtype)):
+                    continue
+                inputs, weights = x.to(dtype), [w.to(dtype) for w in layers]
+                packed = [fast.PackedLinear(w) for w in weights]
+                plain = ms(lambda: [F.linear(inputs, w) for w in weights])
+                few = ms(lambda: [linear(inputs) for linear in packed])
+                yield f"a step's {what} in {name(dtype)}: F.linear, or packed", plain, few
         q, kv = torch.randn(8, 12, 1, 64), torch.randn(2, 8, 12, 128, 64)
         half = q.bfloat16(), *kv.bfloat16()
         plain = ms(lambda: F.scaled_dot_product_attention(*half))

@@ -41,7 +41,7 @@ def make_folder(folder, exist_ok=True):
         Path(folder).mkdir(parents=True, exist_ok=exist_ok)
     except OSError as e:
         raise OSError(
-            f"cannot make the folder {folder} ({e.strerror}); name one that you may write to"
+            f"cannot make the folder {folder} ({e.strerror or e}); name one that you may write to"
         ) from None
 
 
@@ -80,7 +80,7 @@ def append_line(path, row):
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as e:
         raise OSError(
-            f"cannot write {path} ({e.strerror}); free some space or choose another folder"
+            f"cannot write {path} ({e.strerror or e}); free some space or choose another folder"
         ) from None
 
 
@@ -127,11 +127,14 @@ def load_model(name_or_path):
 
     A name in GPT2_SIZES wins over a folder of that name (write ./gpt2 for the folder). Raises
     ValueError or OSError.
+
+    The model's memory is its own. The file's pages, which count as the process's while they are
+    mapped, are given back.
     """
     if name_or_path not in GPT2_SIZES:
         config, weights = read_checkpoint(Path(name_or_path))
         check_weights(name_or_path, config, weights)
-        return GPT.from_checkpoint(config, weights)
+        return GPT.from_checkpoint(config, {name: w.clone() for name, w in weights.items()})
     try:
         return GPT.from_pretrained(name_or_path)
     except OSError as e:
@@ -344,7 +347,7 @@ def crc32(path):
             while block := f.read(1 << 24):
                 value = zlib.crc32(block, value)
     except OSError as e:
-        raise OSError(f"cannot read {path} ({e.strerror}); check the path") from None
+        raise OSError(f"cannot read {path} ({e.strerror or e}); check the path") from None
     return f"{value:08x}"
 
 

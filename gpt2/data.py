@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -35,9 +36,17 @@ def read_bytes(path, crcs):
     try:
         content = Path(path).read_bytes()
     except OSError as e:
-        raise OSError(f"cannot read {path} ({e.strerror}); check the path") from None
+        raise OSError(f"cannot read {path} ({e.strerror or e}); check the path") from None
     crcs[str(path)] = f"{zlib.crc32(content):08x}"
     return content
+
+
+def check_there(path):
+    """Raises as `read_bytes` does if nothing is at the path; what may be a pipe stays closed."""
+    try:
+        os.stat(path)
+    except OSError as e:
+        raise OSError(f"cannot read {path} ({e.strerror or e}); check the path") from None
 
 
 def unique_keys(pairs):

@@ -12,7 +12,7 @@ import tiktoken
 import torch
 
 from gpt2 import checkpoint, evaluate, fast, look, lora, settings
-from gpt2.data import TEMPLATES, RowReader, load_encoding, read_template
+from gpt2.data import TEMPLATES, RowReader, check_there, load_encoding, read_template
 from model import GPT
 
 STATE = {"args": dict, "step": int, "inputs": dict, "base_scores": dict}  # of a checkpoint
@@ -98,8 +98,10 @@ def prepare(args, saved, device, rank, n_processes):
     """Read and check everything that the run needs; `saved` is a checkpoint to go on from."""
     inputs = source_crcs(args.init_from) | (source_crcs(args.base) if args.base else {})
     check_unchanged(inputs, saved and saved["inputs"])
-    # A copy, since what is loaded may still be the file's own pages.
-    student = copy.deepcopy(load("init_from", args.init_from, checkpoint.load_model)).to(device)
+    files = [args.data, args.test, args.ood, args.eval, args.teacher_template, *(args.old or [])]
+    for file in filter(None, files):
+        check_there(file)  # A wrong name is told before seconds go into the model.
+    student = load("init_from", args.init_from, checkpoint.load_model).to(device)
     enc = load_encoding(checkpoint.source_folder(args.init_from))
     config = student.config
     if enc.n_vocab > config.vocab_size:
@@ -265,7 +267,9 @@ def held(folder):
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as e:
-        raise OSError(f"cannot open {folder} ({e.strerror}); choose another --out_dir") from None
+        raise OSError(
+            f"cannot open {folder} ({e.strerror or e}); choose another --out_dir"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

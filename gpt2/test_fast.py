@@ -1,6 +1,9 @@
 """Each trick of gpt2/fast.py equals the textbook function of sdft.py. CPU only, offline."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,15 +114,32 @@ def test_inverse_cdf_at_its_edges(u, token):
 # --- The rollout model ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("shape", [(8,), (3, 8), (4, 1, 8), (5, 7, 8)])
-def test_few_rows_linear_equals_linear(shape, half):
-    """Under autocast too, where the product is in bfloat16."""
-    x, weight, bias = torch.randn(shape), torch.randn(20, 8), torch.randn(20)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        for arguments in ((x, weight), (x, weight, bias)):
-            expected = F.linear(*arguments)
-            torch.testing.assert_close(fast.few_rows_linear(*arguments), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (4, 1, 8), (5, 70, 8)])
+def test_packed_linear_equals_linear(shape, dtype):
+    """With and without a bias, of strided rows too; in bfloat16 to the rounding of its results."""
+    x, weight, bias = (torch.randn(n, dtype=dtype) for n in ((2, *shape), (20, 8), (20,)))
+    if not fast.PackedLinear.can_hold(weight):
+        pytest.skip("this processor multiplies no packed matrices in bfloat16")
+    close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.02, atol=0.05)
+    for inputs in (x, x[0], x.transpose(0, -2)):
+        for more in ((), (bias,)):
+            y = fast.PackedLinear(weight, *more)(inputs)
+            expected = F.linear(*(t.float() for t in (inputs, weight, *more)))
+            assert y.dtype == dtype
+            torch.testing.assert_close(y.float(), expected, **close)
+
+
+def test_a_model_that_cannot_be_packed_decodes_the_same(monkeypatch):
+    """On other devices, without oneDNN, and under autocast, where the products are in bfloat16."""
+    model, tokens = tiny(), torch.tensor([[2, 3, 4]])
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout_model = fast.RolloutGPT.of(model)
+        assert rollout_model(tokens).dtype == torch.bfloat16
+    torch.testing.assert_close(rollout_model(tokens), model(tokens))
+    assert not fast.PackedLinear.can_hold(torch.empty(2, 2, device="meta"))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fast.RolloutGPT.of(model).packed_head is None
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, EVEN], ids=["ragged", "even"])
@@ -141,14 +161,23 @@ def test_rollout_model_decodes_what_the_student_computes(dtype, prompts):
     torch.testing.assert_close(torch.stack(logits, 1).float(), expected, **tolerance)
 
 
-def test_rollout_model_shares_the_students_memory():
-    """A float32 copy would cost memory; one in bfloat16 has the same weights, rounded."""
+def test_rollout_model_shares_the_students_memory(monkeypatch):
+    """What is not packed is the student's own, or its copy in bfloat16; and of a copy's matrices
+    only the embeddings are there twice.
+    """
     student = tiny()
-    shared, half = fast.RolloutGPT.of(student), fast.RolloutGPT.of(student, torch.bfloat16)
-    for model in (shared, half):
-        for ours, theirs in zip(model.parameters(), student.parameters(), strict=True):
-            assert torch.equal(ours, theirs.to(ours.dtype)) and not ours.requires_grad
-            assert (ours.data_ptr() == theirs.data_ptr()) == (model is shared)
+    theirs = dict(student.named_parameters())
+    for can_pack in (True, False):
+        if not can_pack:
+            monkeypatch.setattr(fast.PackedLinear, "can_hold", lambda weight: False)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = fast.RolloutGPT.of(student, dtype)
+            ours = dict(model.named_parameters())
+            packed = {k for k, w in theirs.items() if w.dim() == 2 and k[:2] == "h."}
+            assert theirs.keys() - ours.keys() == (packed if model.packed_head else set())
+            for name, w in ours.items():
+                assert torch.equal(w, theirs[name].to(dtype)) and not w.requires_grad
+                assert (w.data_ptr() == theirs[name].data_ptr()) == (dtype == torch.float32)
     assert all(p.requires_grad for p in student.parameters())
 
 
@@ -253,6 +282,31 @@ def test_chunked_loss_holds_one_chunk_of_logits():
     with Largest() as plain:
         sdft_loss(F.linear(hidden, head), F.linear(hidden, head), mask)[0].backward()
     assert chunked.elements == max(chunk * V, V * D) and plain.elements == B * C * V
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+HOLES = """
+import torch
+from gpt2 import bench, fast
+{}
+torch.ones(2**22)  # 16 MiB, which glibc takes as the size to keep from now on
+blocks = [torch.ones(2**21) for _ in range(32)]
+before = bench.memory("VmRSS")
+del blocks[::2]
+print(before - bench.memory("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_blocks_go_back_to_the_system():
+    """16 of 32 blocks of 8 MiB, every other one; in a process of its own that has set nothing."""
+    freed = []
+    for call in ("", "fast.give_memory_back()"):
+        run = [sys.executable, "-c", HOLES.format(call)]
+        freed.append(int(subprocess.run(run, check=True, capture_output=True, text=True).stdout))
+    assert freed[0] < 2**26 < freed[1]
 
 
 # --- Steps ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,27 @@ def test_a_finished_run_is_a_starting_point(tmp_path, whole, base, data, capsys)
     train.main(["--report", str(whole), str(out)])
     table = capsys.readouterr().out
     assert "sdft, 8 steps" in table and "sft, 1 steps" in table and table.count("base of") == 2
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen", "live"])
+def test_a_second_runs_teacher_starts_as_its_student(
+    teacher, tmp_path, whole, base, data, monkeypatch
+):
+    """As the weights that --init_from ends with, and not as the first run's teacher or base."""
+    seen, update = [], train.update
+
+    def spy(run, rows, generators):
+        seen.append(
+            [{k: w.clone() for k, w in m.state_dict().items()} for m in (run.student, run.teacher)]
+        )
+        return update(run, rows, generators)
+
+    monkeypatch.setattr(train, "update", spy)
+    train.main(flags(whole, data, tmp_path / "out", "--teacher", teacher, "--base", base, steps=1))
+    first = last_checkpoint(whole)
+    for role in seen[0]:
+        torch.testing.assert_close(role, weights(whole), rtol=0, atol=0)
+    assert not torch.equal(first["teacher"]["wte.weight"], first["student"]["wte.weight"])
 
 
 def assert_same_run(out, whole):
@@ -260,6 +282,30 @@ def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, da
     """And nothing is written."""
     assert word in error_of(*flags(base, data, tmp_path / "out", flag, value))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["data", "test", "ood", "eval", "old", "teacher_template"])
+def test_a_missing_file_is_noticed_before_the_model_is_read(
+    flag, tmp_path, base, data, monkeypatch
+):
+    """A large one takes its time."""
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the model was read"))
+    message = error_of(*flags(base, data, tmp_path / "out", f"--{flag}", "nope"))
+    assert message == "error: cannot read nope (No such file or directory); check the path"
+
+
+def test_an_error_without_a_number_has_its_words(tmp_path, base, data, monkeypatch):
+    """An OSError that no system call raised has no strerror, which would print as None."""
+
+    def broken(path):
+        if path == data / "train.jsonl":
+            raise OSError("the drive is gone")
+        return read(path)
+
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    message = error_of(*flags(base, data, tmp_path / "out"))
+    assert "train.jsonl (the drive is gone); check the path" in message
 
 
 @pytest.mark.parametrize("flag", ["--data", "--eval", "--init_from", "--out_dir"])

@@ -264,6 +264,7 @@ def process_numbers():
 
 def main(argv=None):
     args, given = settings.parse_args(__doc__, argv)
+    fast.give_memory_back()
     rank = 0
     try:
         rank, n_processes = process_numbers()
@@ -275,7 +276,9 @@ def main(argv=None):
     except FloatingPointError as e:
         end(rank, f"{e}{after_explosion(Path(args.out_dir) / 'checkpoints')}")
     except (ValueError, OSError) as e:
-        unforeseen = getattr(e, "filename", None) and f"{e.filename}: {e.strerror}; check the path"
+        unforeseen = (
+            getattr(e, "filename", None) and f"{e.filename}: {e.strerror or e}; check the path"
+        )
         end(rank, unforeseen or str(e))
     except (MemoryError, RuntimeError) as e:
         if not checkpoint.memory_is_full(e):
