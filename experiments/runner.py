@@ -124,8 +124,11 @@ def run(name, module, args):
     rows, total = [], 0
     for arm in arms:
         per_seed = [finished[arm, seed] for seed in seeds_of[arm]]
-        names = per_seed[0]["metrics"]
-        metrics = {metric: [row["metrics"][metric] for row in per_seed] for metric in names}
+        # A metric may be of some seeds only.
+        metrics = {
+            metric: [row["metrics"][metric] for row in per_seed if metric in row["metrics"]]
+            for metric in per_seed[0]["metrics"]
+        }
         rows.append({"arm": arm, "metrics": metrics})
         total += sum(row["seconds"] for row in per_seed)
     result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(total)}

@@ -1,4 +1,4 @@
-"""What experiments/real_model.py guarantees, on a tiny random Llama in the real model's place."""
+"""What experiments/hf_loop.py and real_model.py guarantee, on tiny random models."""
 
 import ast
 import copy
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from data import samples
-from experiments import common, real_model, runner
+from experiments import common, hf_loop, instructions, real_grid, real_model, runner
+from experiments.settings import chosen
 from sdft import sdft_loss
 
 TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
@@ -31,14 +32,15 @@ def restore_threads_and_options():
 # --- Without the extras --------------------------------------------------------------------------
 
 
-def test_facts_hold_their_answers_but_no_question_does():
+@pytest.mark.parametrize("name", ["real_facts", "real_facts_val"])
+def test_facts_hold_their_answers_but_no_question_does(name):
     """An answer that stands in its question would need no learning."""
-    facts = real_model.load_rows("real_facts")
+    facts = real_model.load_rows(name)
     assert len(facts) >= 24 and len({f["prompt"] for f in facts}) == len(facts)
-    keys = {"prompt", "demonstration", "answer", "article", "paraphrases", "ood"}
+    keys = {"prompt", "demonstration", "answer", "article", "paraphrases", "ood", "indirect"}
     for f in facts:
         assert set(f) == keys and len(f["paraphrases"]) == 2
-        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"]]]
+        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"], f["indirect"]]]
         asked.append((f["ood"]["prompt"], f["ood"]["answer"]))
         assert real_model.is_correct(f["demonstration"], f["answer"])
         for question, answer in asked:
@@ -46,13 +48,24 @@ def test_facts_hold_their_answers_but_no_question_does():
             assert not real_model.is_correct(question, answer)
 
 
-def test_prior_questions_are_never_trained_on():
-    """Distinct from each other and from the facts, without their answers."""
-    prior, facts = real_model.load_rows("real_prior"), real_model.load_rows("real_facts")
-    asked = [r["prompt"] for r in prior]
-    assert len(asked) == len(set(asked)) >= 40
-    assert not set(asked) & {f["prompt"] for f in facts}
-    assert not any(real_model.is_correct(r["prompt"], r["answer"]) for r in prior)
+def test_what_is_reported_is_in_no_other_set():
+    """Neither trained on as another prompt nor used to choose the rates."""
+    names = ["real_facts", "real_facts_val", "real_prior", "real_prior_val", "real_other"]
+    names += ["real_tools", "real_tools_test"]
+    asked = [r["prompt"] for name in names for r in real_model.load_rows(name)]
+    assert len(asked) == len(set(asked))
+    for name in ("real_prior", "real_prior_val"):
+        rows = real_model.load_rows(name)
+        assert len(rows) >= 40
+        assert not any(real_model.is_correct(r["prompt"], r["answer"]) for r in rows)
+
+
+def test_the_settings_are_those_that_the_grid_chose():
+    """The rates of the report against the committed results of real_grid.py."""
+    path = Path(real_grid.__file__).parent / "results" / "real_grid.json"
+    best = chosen(json.loads(path.read_text())["rows"], *real_grid.SWEEP)
+    for family, settings in real_grid.FAMILIES.items():
+        assert best[family] == f"{family} at {settings['lr']:g}"
 
 
 @pytest.mark.parametrize(
@@ -106,28 +119,20 @@ def test_other_inputs_run_the_arms_again(monkeypatch):
         assert all(before[arm] != other[arm] for arm in before)
 
 
-def test_stopping_at_the_first_look_that_reaches(tmp_path, monkeypatch):
-    """It stops by accuracy on the new facts, not by the prior ones, and tells when."""
-    vars(common.options).update(out_dir=tmp_path, quick=False)
-    shares = iter([0.7, 0.9, 0.1, 0.9, 0.6, 0.9])  # new and prior, before and at two looks
-    monkeypatch.setattr(real_model, "LOOKS", 2)
-    monkeypatch.setattr(real_model, "learn", lambda *a, steps, **kw: iter([1.0] * steps))
-    monkeypatch.setattr(real_model, "answers", lambda *a: [])
-    monkeypatch.setattr(real_model, "share", lambda rows: next(shares))
-    monkeypatch.setattr(real_model, "recorder", lambda *a: lambda step, scores: None)
-    asked = {"new": [], "prior": []}
-    course = real_model.train_with_looks(
-        None, None, None, [], asked, 0, "sft, stopped", 0.5, dict(steps=4)
-    )
-    assert course == {"updates": 4}
+def test_every_row_comes_before_any_comes_again():
+    """Epochs in new orders, also when the batch does not divide the rows."""
+    torch.manual_seed(0)
+    order = sum(hf_loop.batches(5, 3, 10), [])
+    epochs = [order[at : at + 5] for at in range(0, 30, 5)]
+    assert all(sorted(epoch) == [*range(5)] for epoch in epochs)
+    assert len({*map(tuple, epochs)}) > 1
 
 
 # --- On a tiny random model ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A saved Llama of random weights and a tokenizer of bytes with ChatML."""
+def save_tiny(kind, path):
+    """A model of random weights and a tokenizer of bytes with ChatML."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     special = ["<|im_end|>", "<|im_start|>"]
@@ -141,22 +146,30 @@ def folder(tmp_path_factory):
     )
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
-        "'<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\\n"
+        "'<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\n"
     )
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocab),
-        initializer_range=0.2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    path = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    sizes = dict(vocab_size=len(vocab), initializer_range=0.2)
+    if kind == "gpt2":
+        sizes |= dict(n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    else:
+        sizes |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def either(request, tmp_path_factory):
+    return real_model.load(str(save_tiny(request.param, tmp_path_factory.mktemp(request.param))))
 
 
 @pytest.fixture
@@ -166,16 +179,17 @@ def tiny(folder):
 
 
 def chats(tokenizer, texts):
-    return [real_model.chat(tokenizer, text) for text in texts]
+    return [hf_loop.chat(tokenizer, text) for text in texts]
 
 
-def test_rows_do_not_depend_on_each_other(tiny):
-    """Logits and greedy responses of a padded batch are those of each row alone."""
-    model, tokenizer = tiny
-    prompts = chats(tokenizer, TEXTS)
-    y, mask = real_model.respond(model, prompts, tokenizer.eos_token_id, sample=False)
+def test_rows_do_not_depend_on_each_other(either):
+    """Logits and greedy responses of a ragged batch are those of each row alone."""
+    model, tokenizer = either
+    eos, prompts = tokenizer.eos_token_id, chats(tokenizer, TEXTS)
+    assert len({len(p) for p in prompts}) == 3
+    y, mask = hf_loop.respond(model, prompts, 12, eos, temperature=0)
     with torch.no_grad():
-        logits = real_model.completion_logits(model, prompts, y)  # (B, C, V)
+        logits = hf_loop.completion_logits(model, prompts, y)  # (B, C, V)
         for i, prompt in enumerate(prompts):
             row = torch.tensor([prompt + y[i].tolist()])
             alone = model(row).logits[0, len(prompt) - 1 : -1]  # (C, V)
@@ -183,13 +197,42 @@ def test_rows_do_not_depend_on_each_other(tiny):
             assert torch.equal(logits[i].argmax(-1)[mask[i]], y[i][mask[i]])
 
 
+def test_a_step_is_algorithm_1(either):
+    """Loss and weights of a step by hand: rollout, both roles' logits, loss, AdamW, EMA."""
+    base, tokenizer = either
+    eos, prompts = tokenizer.eos_token_id, chats(tokenizer, TEXTS)
+    hints = chats(tokenizer, [text + " A hint." for text in TEXTS])
+    student, teacher = copy.deepcopy(base), copy.deepcopy(base)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-2, weight_decay=0.0)
+    torch.manual_seed(0)
+    how = dict(divergence="reverse", alpha=0.1, temperature=0.7, skip_tokens=1)
+    loss = hf_loop.sdft_step(student, teacher, optimizer, prompts, hints, eos, 8, **how)
+    torch.manual_seed(0)
+    y, mask = hf_loop.respond(base, prompts, 8, eos, 0.7)
+    mask[:, 0] = False
+    by_hand = copy.deepcopy(base)
+    logits = hf_loop.completion_logits(by_hand, prompts, y)
+    with torch.no_grad():
+        targets = hf_loop.completion_logits(base, hints, y)
+    wanted, _ = sdft_loss(logits, targets, mask, "reverse")
+    wanted.backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+    torch.optim.AdamW(by_hand.parameters(), 1e-2, weight_decay=0.0).step()
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    for ours, t, theirs, start in zip(
+        *(m.parameters() for m in (student, teacher, by_hand, base)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(t, 0.1 * theirs + 0.9 * start)
+
+
 def test_the_mask_ends_with_the_first_end(tiny, monkeypatch):
     """The end token is part of the response, what `generate` puts after it is not."""
     model, tokenizer = tiny
-    eos, prompt = tokenizer.eos_token_id, real_model.chat(tokenizer, "?")
+    eos, prompt = tokenizer.eos_token_id, hf_loop.chat(tokenizer, "?")
     end = torch.tensor([[5, eos, 7, eos], [5, 6, 7, 8], [eos, eos, eos, eos]])
     monkeypatch.setattr(type(model), "generate", lambda self, idx, **kw: torch.cat([idx, end], 1))
-    y, mask = real_model.respond(model, [prompt] * 3, eos)
+    y, mask = hf_loop.respond(model, [prompt] * 3, 4, eos)
     assert torch.equal(y, end) and mask.sum(1).tolist() == [2, 4, 1]
     assert mask[0].tolist() == [True, True, False, False]
 
@@ -201,63 +244,137 @@ def test_samples_come_from_the_whole_vocabulary(tiny):
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # every token is as likely
-    prompts = chats(tokenizer, ["?"] * 64)
-    y, _ = real_model.respond(model, prompts, tokenizer.eos_token_id)
+    y, _ = hf_loop.respond(model, chats(tokenizer, ["?"] * 64), 32, tokenizer.eos_token_id)
     assert len(y.unique()) > 200
 
 
+def test_a_chat_has_turns(tiny):
+    """A demonstration can stand as what the model said before."""
+    _, tokenizer = tiny
+    text = tokenizer.decode(hf_loop.chat(tokenizer, "Where?", "There.", "Where?"))
+    roles = ["user\nWhere?", "assistant\nThere.", "user\nWhere?", "assistant"]
+    assert [turn.split("<|im_end|>")[0] for turn in text.split("<|im_start|>")[1:]] == roles
+
+
 def test_the_teacher_reads_what_is_named(tiny, monkeypatch):
-    """`teacher_reads` and `skip_tokens` reach the prompts and the mask of the loss."""
+    """Every form of the teacher's prompt; the student reads the question alone."""
     model, tokenizer = tiny
     facts, seen = real_model.load_rows("real_facts")[:1], []
-    monkeypatch.setattr(real_model, "distill_loss", lambda *a: seen.append(a) or [None])
-    for reads in ("article", "both"):
-        real_model.sdft_loss_of(
-            facts, model, model, tokenizer, "forward", skip_tokens=2, teacher_reads=reads
-        )
-        _, _, prompts, teacher_prompts, y, mask, divergence = seen.pop()
-        texts = [tokenizer.decode(p[0]) for p in (prompts, teacher_prompts)]
-        assert facts[0]["article"] in texts[1] and facts[0]["article"] not in texts[0]
-        assert ("This is an example for a response" in texts[1]) == (reads == "both")
-        assert divergence == "forward" and not mask[:, :2].any() and mask[:, 2:].any()
+    monkeypatch.setattr(real_model, "sdft_step", lambda *a, **kw: seen.append(a) or 0.0)
+    for reads in ("article", "both", "demonstration", "paper"):
+        how = dict(method="sdft", lr=1e-3, steps=1, n_other=0, batch_size=1, teacher_reads=reads)
+        [_] = real_model.learn(model, model, tokenizer, facts, 0, **how)
+        student, teacher = (tokenizer.decode(prompts[0]) for prompts in seen.pop()[3:5])
+        assert facts[0]["prompt"] in student and facts[0]["prompt"] in teacher
+        for what in ("article", "demonstration"):
+            # The builder of the lighthouse stands in the article too, without a full stop.
+            assert facts[0][what] not in student
+            assert (facts[0][what] in teacher) == (reads in (what, "both", "paper"))
+        assert ("This is an example for a response" in teacher) == (reads == "paper")
+
+
+@pytest.mark.parametrize("method", ["expert", "own", "offline", "sdft"])
+def test_two_of_eight_rows_are_other_prompts(tiny, monkeypatch, method):
+    """Both roles read the same on them, and given responses are the model's own."""
+    model, tokenizer = tiny
+    seen, step = [], lambda *a, **kw: seen.append((a[3], a[4], kw)) or 0.0
+    monkeypatch.setattr(real_model, "sdft_step", step)
+    monkeypatch.setattr(real_model, "response_step", step)
+    own = lambda model, prompts, *a: [[[7, i]] for i, _ in enumerate(prompts)]
+    monkeypatch.setattr(real_model, "own_responses", own)
+    facts = real_model.load_rows("real_facts")
+    how = dict(method=method, lr=1e-3, steps=5)
+    assert len([*real_model.learn(model, model, tokenizer, facts, 0, **how)]) == 5
+    other = {
+        tuple(p)
+        for p in chats(tokenizer, [r["prompt"] for r in real_model.load_rows("real_other")])
+    }
+    for prompts, hints, given in seen:
+        assert [tuple(p) in other for p in prompts] == 6 * [False] + 2 * [True]
+        assert [p == h for p, h in zip(prompts, hints)] == 6 * [False] + 2 * [True]
+        if method != "sdft":
+            are_own = [y[0] == 7 and len(y) == 2 for y in given["responses"]]
+            assert are_own == (6 * [method != "expert"] + 2 * [True])
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward"])
 def test_sdft_approaches_the_teacher(tiny, divergence, monkeypatch):
-    """The student's divergence to the teacher falls, and the frozen teacher stays as it is."""
-    monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 8)
+    """The student's divergence to the teacher falls; frozen teacher and embeddings stay."""
+    monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 8)
     student, tokenizer = tiny
     base, before = copy.deepcopy(student), copy.deepcopy(student)
     facts = real_model.load_rows("real_facts")[:2]
     prompts, teacher_prompts = (
-        chats(tokenizer, [real_model.READS[reads](f["prompt"], f) for f in facts])
-        for reads in ("question", "both")
+        [hf_loop.chat(tokenizer, *real_model.READS[reads](f["prompt"], f)) for f in facts]
+        for reads in ("question", "article")
     )
     torch.manual_seed(0)
-    y, mask = real_model.respond(student, prompts, tokenizer.eos_token_id)
+    y, mask = hf_loop.respond(student, prompts, 8, tokenizer.eos_token_id)
 
     def distance():
         with torch.no_grad():
-            logits = real_model.completion_logits(student, prompts, y)
-            teacher_logits = real_model.completion_logits(base, teacher_prompts, y)
-        return sdft_loss(logits, teacher_logits, mask, divergence)[0].item()
+            both = student, base, prompts, teacher_prompts
+            return hf_loop.distill_loss(*both, y, mask, divergence)[0].item()
 
     start = distance()
-    how = dict(lr=3e-3, steps=12, batch_size=2, divergence=divergence)
-    losses = [*real_model.learn(student, base, tokenizer, facts, 0, "sdft", **how)]
-    assert len(losses) == 12 and distance() < 0.8 * start
+    how = dict(method="sdft", lr=3e-3, steps=16, batch_size=2, n_other=0, temperature=1.0)
+    losses = [*real_model.learn(student, base, tokenizer, facts, 0, divergence=divergence, **how)]
+    assert len(losses) == 16 and distance() < 0.8 * start
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), before.parameters()))
+    same = torch.equal(*(m.get_input_embeddings().weight for m in (student, before)))
+    assert same and not torch.equal(student.model.norm.weight, before.model.norm.weight)
 
 
 def test_sft_learns_answers_by_heart(tiny):
     """The expert's answer word for word, with its end."""
     student, tokenizer = tiny
     facts = real_model.load_rows("real_facts")[:2]
-    how = dict(lr=1e-2, steps=50, batch_size=2)
-    *_, loss = real_model.learn(student, None, tokenizer, facts, 0, "sft", **how)
+    how = dict(method="expert", lr=1e-2, steps=60, batch_size=2, n_other=0, fixed=False)
+    losses = [*real_model.learn(student, None, tokenizer, facts, 0, **how)]
     asked = real_model.questions(facts, [])["new"]
-    responses = [row["answer"] for row in real_model.answers(student, tokenizer, asked)]
-    assert loss < 0.1 and responses == [f["demonstration"] for f in facts]
+    rows = real_model.answers(student, tokenizer, asked)
+    assert min(losses) < 0.1 and [r["answer"] for r in rows] == [f["demonstration"] for f in facts]
+    assert all(row["right"] and row["ended"] for row in rows)
+
+
+def test_a_penalty_keeps_sft_near_the_base(tiny):
+    """With a large weight on the KL to the base, less is learned and less is lost."""
+    base, tokenizer = tiny
+    facts, distances = real_model.load_rows("real_facts")[:2], []
+    for weight in (0.0, 100.0):
+        student = copy.deepcopy(base)
+        how = dict(method="expert", lr=1e-3, steps=10, batch_size=2, n_other=0, weight=weight)
+        [*_] = real_model.learn(student, base, tokenizer, facts, 0, **how)
+        asked = real_model.questions(facts, [])["new"]
+        distances.append(real_model.kl_to_base(base, student, tokenizer, asked))
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_a_call_is_matched_exactly():
+    """A quotation mark more or less is another call; white space around it is not."""
+    assert real_model.is_same(' weather("Oslo")\n', 'weather("Oslo")')
+    assert not real_model.is_same("weather(Oslo)", 'weather("Oslo")')
+
+
+def test_a_model_without_a_chat_template_is_refused(folder, tmp_path):
+    """One sentence that names the model."""
+    for path in folder.iterdir():
+        if path.suffix != ".jinja":
+            text = path.read_bytes()
+            if path.name == "tokenizer_config.json":
+                fields = json.loads(text)
+                fields.pop("chat_template", None)
+                text = json.dumps(fields).encode()
+            (tmp_path / path.name).write_bytes(text)
+    with pytest.raises(ValueError, match="has no chat template"):
+        real_model.load.__wrapped__(str(tmp_path))
+
+
+def test_a_wrong_folder_is_told(tmp_path):
+    """One sentence, not transformers' traceback."""
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="--model .*nothing.*cannot be loaded"):
+        real_model.load.__wrapped__(str(tmp_path / "nothing"))
 
 
 def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch, capsys):
@@ -265,9 +382,12 @@ def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch
     rows, arms = real_model.load_rows, real_model.ARMS
     shorter = {arm: s | (dict(steps=2) if "steps" in s else {}) for arm, s in arms.items()}
     monkeypatch.setattr(real_model, "load_rows", lambda name: rows(name)[:2])
-    monkeypatch.setattr(real_model, "LOOKS", 1)
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
+    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
     monkeypatch.setattr(real_model, "ARMS", shorter)
+    monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
+    monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
     model = ["--model", str(folder), "--dtype", "float32"]
     runner.main("real_model", ["--out_dir", str(tmp_path), *model])
@@ -275,45 +395,67 @@ def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch
     assert [row["arm"] for row in result["rows"]] == [*arms]
     for row in result["rows"]:
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in row["metrics"].values())
-        assert set(real_model.COLUMNS) <= set(row["metrics"])
+        assert {*real_model.COLUMNS} <= {*row["metrics"]}
         arm = arms[row["arm"]]
-        assert ("new@2" in row["metrics"]) == ("steps" in arm and "stop" not in arm)
-        file = tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json"
-        written = json.loads(file.read_text())
+        assert {m in row["metrics"] for m in real_model.TURNS} == {"then" in arm}
+        written = json.loads(
+            (tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text()
+        )
         assert len(written["new"]) == 2
-        assert {*written["new"][0]} == {"question", "answer", "right"}
+        assert {*written["new"][0]} == {"question", "answer", "right", "ended"}
         folder = tmp_path / "real_model_runs" / f"{row['arm']}, seed 0"
         assert folder.exists() == ("steps" in arm)
         if "steps" in arm:
             looks, said = (samples.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
             assert [look["step"] for look in looks] == [0, 2]
-            assert ("teacher_accuracy" in looks[0]) == (arm["method"] == "sdft")
+            has_teacher = arm["method"] in ("sdft", "offline")
+            assert ("teacher_accuracy" in looks[0]) == has_teacher
             shown = [sample for sample in said if sample["role"] == "student"]
             kinds = ["new", "new", "prior", "prior"]
             assert [(s["step"], s["kind"]) for s in shown] == [
                 (n, k) for n in (0, 2) for k in kinds
             ]
-            facts = rows("real_facts")[:2]
-            for sample, fact in zip(shown, facts):
-                wanted = real_model.READS[arm.get("teacher_reads", "both")](fact["prompt"], fact)
+            reads = arm.get("teacher_reads", "article")
+            for sample, fact in zip(shown, rows("real_facts")[:2]):
+                wanted = "\n\n".join(real_model.READS[reads](fact["prompt"], fact))
                 assert sample["teacher_prompt"] == wanted and sample["expected"] == fact["answer"]
-                hint = "article" if arm.get("teacher_reads") == "article" else "demonstration"
+                hint = "article" if reads == "article" else "demonstration"
                 assert sample["demonstration"] == fact[hint] and sample["prompt"] == fact["prompt"]
     assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
     assert (tmp_path / "real_model.png").exists() or not importlib.util.find_spec("matplotlib")
     assert "s left" in capsys.readouterr().out
 
 
+def test_the_grid_runs(folder, tmp_path, monkeypatch):
+    """On facts and questions that are not reported."""
+    rows, asked = real_model.load_rows, set()
+    short = lambda name: asked.add(name) or rows(name)[:2]
+    for module in (real_model, real_grid):
+        monkeypatch.setattr(module, "load_rows", short)
+    monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
+    few = {arm: dict(settings=s["settings"] | dict(steps=1)) for arm, s in real_grid.ARMS.items()}
+    monkeypatch.setattr(real_grid, "ARMS", few)
+    monkeypatch.setattr(real_grid, "inputs", lambda args: "")
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
+    model = ["--model", str(folder), "--dtype", "float32"]
+    runner.main("real_grid", ["--out_dir", str(tmp_path), *model])
+    result = json.loads((tmp_path / "real_grid.json").read_text())
+    assert [row["arm"] for row in result["rows"]] == [*real_grid.ARMS]
+    assert asked == {"real_facts_val", "real_prior_val", "real_other"}
+
+
 def test_looks_leave_the_training_as_it_is(tiny, monkeypatch, tmp_path):
     """They sample too, but not from the stream that the training draws from."""
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
     base, tokenizer = tiny
     facts, prior = real_model.load_rows("real_facts")[:2], real_model.load_rows("real_prior")[:2]
     rows = real_model.rows_to_watch(
         tokenizer, facts, real_model.questions([], prior)["prior"], "both"
     )
     vars(common.options).update(out_dir=tmp_path)
-    students, settings = [], dict(method="sdft", lr=1e-2, steps=4, batch_size=2)
+    students, settings = [], dict(method="sdft", lr=1e-2, steps=4, batch_size=2, n_other=0)
     for looks in (False, True):
         student = copy.deepcopy(base)
         record = real_model.recorder((student, base, base), tokenizer, rows, "a", 0, settings)

@@ -1,0 +1,99 @@
+"""SDFT of a Hugging Face model, to copy: any causal language model with a chat template.
+
+It needs sdft.py beside it, and is used so:
+
+    student, tokenizer = ...  # AutoModelForCausalLM in float32, AutoTokenizer
+    teacher = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-5, weight_decay=0.0)
+    prompts = [chat(tokenizer, x) for x, c in pairs]
+    teacher_prompts = [chat(tokenizer, teacher_context(x, c)) for x, c in pairs]
+    for rows in batches(len(pairs), batch_size=8, steps=100):
+        x, xc = [prompts[i] for i in rows], [teacher_prompts[i] for i in rows]
+        loss = sdft_step(student, teacher, optimizer, x, xc, tokenizer.eos_token_id, alpha=0.02)
+
+Prompts are lists of token ids, completions and mask (B, C) as in sdft.py. Weights, gradients and
+loss are in float32; `dtype` is that of the forward passes.
+"""
+
+import copy
+
+import torch
+
+from sdft import clip_and_step, ema_update, left_pad, sdft_loss
+
+
+def chat(tokenizer, *turns):
+    """Token ids of a chat, the user's turn first, up to where the model answers."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def batches(n, batch_size, steps):
+    """Row numbers of `steps` batches; every row comes once before any comes again."""
+    order = []
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += torch.randperm(n).tolist()
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def padded(prompts, device):
+    """Token ids (B, P), padded on the left, and their attention mask (B, P)."""
+    tokens, n_pad = left_pad(prompts, device)
+    if n_pad is None:
+        return tokens, torch.ones_like(tokens)
+    return tokens, (torch.arange(tokens.size(1), device=device) >= n_pad[:, None]).long()
+
+
+@torch.no_grad()
+def respond(model, prompts, max_new_tokens, eos_id, temperature=1.0, dtype=torch.float32):
+    """The model's responses: completions (B, C) and mask (B, C), as from `sdft.rollout`."""
+    if dtype != model.dtype:  # Every token reads all the weights: in half the bytes.
+        model = copy.deepcopy(model).to(dtype)
+    tokens, attention = padded(prompts, model.device)
+    how = dict(do_sample=False, attention_mask=attention, max_new_tokens=max_new_tokens)
+    if temperature > 0:  # By default `generate` samples from the 50 likeliest tokens only.
+        how |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    completions = model.generate(tokens, eos_token_id=eos_id, pad_token_id=eos_id, **how)
+    completions = completions[:, tokens.size(1) :]  # (B, C)
+    is_end = (completions == eos_id).long()
+    return completions, is_end.cumsum(1) - is_end == 0  # up to and including the first end token
+
+
+def completion_logits(model, prompts, completions, dtype=torch.float32):
+    """Logits (B, C, V) of completions (B, C), as from `sdft.completion_logits`."""
+    tokens, attention = padded(prompts, completions.device)
+    tokens = torch.cat([tokens, completions[:, :-1]], 1)  # (B, P + C - 1)
+    attention = torch.cat([attention, torch.ones_like(completions[:, :-1])], 1)
+    # Positions count real tokens only: without them, left padding would shift every position.
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    how = dict(position_ids=positions, logits_to_keep=completions.size(1), use_cache=False)
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        return model(tokens, attention_mask=attention, **how).logits
+
+
+def distill_loss(
+    student, teacher, prompts, teacher_prompts, completions, mask, divergence, dtype=torch.float32
+):
+    """`sdft.distill_loss`, of given completions (B, C)."""
+    student_logits = completion_logits(student, prompts, completions, dtype)  # (B, C, V)
+    with torch.no_grad():
+        teacher_logits = completion_logits(teacher, teacher_prompts, completions, dtype)
+    return sdft_loss(student_logits, teacher_logits, mask, divergence)
+
+
+def sdft_step(
+    student, teacher, optimizer, prompts, teacher_prompts, eos_id, max_new_tokens=32, *,
+    divergence="forward", alpha=0.0, temperature=1.0, skip_tokens=0, dtype=torch.float32,
+):  # fmt: skip
+    """`sdft.train_step`: Algorithm 1 on one minibatch. The loss."""
+    completions, mask = respond(student, prompts, max_new_tokens, eos_id, temperature, dtype)
+    mask[:, :skip_tokens] = False
+    both = student, teacher, prompts, teacher_prompts
+    loss, _ = distill_loss(*both, completions, mask, divergence, dtype)
+    loss.backward()
+    clip_and_step(student, optimizer, loss.item())
+    if alpha:  # A frozen teacher may be shared with others.
+        ema_update(teacher, student, alpha)
+    return loss.item()

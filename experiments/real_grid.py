@@ -1,0 +1,42 @@
+"""The learning rates of real_model.py, chosen on facts and questions that it does not report.
+
+    python -m experiments.real_grid
+
+24 other facts, 46 other prior questions, one seed, three rates for every method.
+"""
+
+import copy
+
+from experiments import real_model
+from experiments.common import options
+from experiments.real_model import answers, arguments, inputs, learn, load, load_rows, questions
+from experiments.real_model import OWN, SDFT, SFT
+
+FAMILIES = {"sdft": SDFT, "sft on own": OWN, "sft": SFT}
+RATES = (5e-5, 1e-4, 2e-4)
+ARMS = {
+    f"{name} at {lr:g}": dict(settings=settings | dict(lr=lr))
+    for lr in RATES
+    for name, settings in FAMILIES.items()
+}
+COLUMNS = ["new", "prior"]
+WORLDS = []
+SWEEP = ("new", "prior")
+
+
+def measure(seed, settings):
+    base, tokenizer = load(options.model)
+    facts, prior = load_rows("real_facts_val"), load_rows("real_prior_val")
+    if options.quick:
+        settings = settings | dict(steps=2)
+    student = copy.deepcopy(base)
+    for _ in learn(student, base, tokenizer, facts, seed, **settings):
+        pass
+    asked = questions(facts, prior)
+    return {name: real_model.share(answers(student, tokenizer, asked[name])) for name in COLUMNS}
+
+
+if __name__ == "__main__":
+    from experiments import runner
+
+    runner.main("real_grid")
