@@ -11,9 +11,6 @@ test_fast.py holds every pair equal: tokens, loss, gradients and the weights aft
 `python -m gpt2.bench --tricks` measures what each one gains.
 """
 
-import contextlib
-import ctypes
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -261,19 +258,6 @@ class ChunkedLoss(torch.autograd.Function):
         (grad_hidden, grad_head), ctx.grads = ctx.grads, None
         scaled = [None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_head)]
         return *scaled, None, None, None, None, None
-
-
-# --- Memory ---------------------------------------------------------------------------------------
-
-
-def give_memory_back():
-    """Tell glibc to return every freed block of 4 MiB or more to the system at once.
-
-    By itself it soon keeps those of up to 32 MiB for later, with holes between that count as used.
-    Without glibc nothing is done.
-    """
-    with contextlib.suppress(AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
 
 
 # --- Steps ----------------------------------------------------------------------------------------

@@ -101,7 +101,6 @@ def our_updates(folder, flags, text, steps):
     """Seconds of each update after the first."""
     B, P, C = shape(text)
     args, _ = settings.parse_args("", ["--out_dir", "unused", *flags])
-    fast.give_memory_back()  # as gpt2.train does
     cpu = torch.device("cpu")
     student = checkpoint.load_model(str(folder))
     if args.lora_rank:

@@ -1,9 +1,6 @@
 """Each trick of gpt2/fast.py equals the textbook function of sdft.py. CPU only, offline."""
 
 import copy
-import platform
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -282,31 +279,6 @@ def test_chunked_loss_holds_one_chunk_of_logits():
     with Largest() as plain:
         sdft_loss(F.linear(hidden, head), F.linear(hidden, head), mask)[0].backward()
     assert chunked.elements == max(chunk * V, V * D) and plain.elements == B * C * V
-
-
-# --- Memory ---------------------------------------------------------------------------------------
-
-
-HOLES = """
-import torch
-from gpt2 import bench, fast
-{}
-torch.ones(2**22)  # 16 MiB, which glibc takes as the size to keep from now on
-blocks = [torch.ones(2**21) for _ in range(32)]
-before = bench.memory("VmRSS")
-del blocks[::2]
-print(before - bench.memory("VmRSS"))
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_freed_blocks_go_back_to_the_system():
-    """16 of 32 blocks of 8 MiB, every other one; in a process of its own that has set nothing."""
-    freed = []
-    for call in ("", "fast.give_memory_back()"):
-        run = [sys.executable, "-c", HOLES.format(call)]
-        freed.append(int(subprocess.run(run, check=True, capture_output=True, text=True).stdout))
-    assert freed[0] < 2**26 < freed[1]
 
 
 # --- Steps ----------------------------------------------------------------------------------------

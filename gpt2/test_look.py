@@ -115,8 +115,10 @@ def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch):
         train.main(flags(base, data, out, "--keep", "best", steps=8))
     train.main(["--resume", "--out_dir", str(out), "--device", "cpu"])
     assert scores == []
-    torch.testing.assert_close(weights(out / "best"), states[2], rtol=0, atol=0)
-    torch.testing.assert_close(weights(out), states[4], rtol=0, atol=0)
+    # The model that is evaluated has packed matrices; embeddings and norms tell which it was.
+    for folder, state in ((out / "best", states[2]), (out, states[4])):
+        saved = weights(folder)
+        torch.testing.assert_close({name: saved[name] for name in state}, state, rtol=0, atol=0)
     assert (out / "best" / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
 
 

@@ -264,7 +264,6 @@ def process_numbers():
 
 def main(argv=None):
     args, given = settings.parse_args(__doc__, argv)
-    fast.give_memory_back()
     rank = 0
     try:
         rank, n_processes = process_numbers()
