@@ -7,11 +7,11 @@
 
 import copy
 
-from experiments import real_model
+from experiments import real_model, runner
 from experiments.common import options
-from experiments.real_model import answers, arguments, inputs, learn, load, load_rows, questions
-from experiments.real_model import OWN, SDFT, SFT
+from experiments.real_model import OWN, SDFT, SFT, answers, learn, load, load_rows, questions, share
 
+arguments, inputs = real_model.arguments, real_model.inputs
 FAMILIES = {"sdft": SDFT, "sft on own": OWN, "sft": SFT}
 RATES = (5e-5, 1e-4, 2e-4)
 ARMS = {
@@ -21,7 +21,7 @@ ARMS = {
 }
 COLUMNS = ["new", "prior"]
 WORLDS = []
-SWEEP = ("new", "prior")
+CHOSEN_BY = ("new", "prior")  # as `settings.chosen` takes them
 
 
 def measure(seed, settings):
@@ -33,10 +33,8 @@ def measure(seed, settings):
     for _ in learn(student, base, tokenizer, facts, seed, **settings):
         pass
     asked = questions(facts, prior)
-    return {name: real_model.share(answers(student, tokenizer, asked[name])) for name in COLUMNS}
+    return {name: share(answers(student, tokenizer, asked[name])) for name in COLUMNS}
 
 
 if __name__ == "__main__":
-    from experiments import runner
-
     runner.main("real_grid")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data import samples
-from experiments import common, hf_loop, instructions, real_grid, real_model, runner
+from experiments import common, hf_loop, instructions, real_controls, real_grid, real_model, runner
 from experiments.settings import chosen
 from sdft import sdft_loss
 
@@ -63,7 +63,7 @@ def test_what_is_reported_is_in_no_other_set():
 def test_the_settings_are_those_that_the_grid_chose():
     """The rates of the report against the committed results of real_grid.py."""
     path = Path(real_grid.__file__).parent / "results" / "real_grid.json"
-    best = chosen(json.loads(path.read_text())["rows"], *real_grid.SWEEP)
+    best = chosen(json.loads(path.read_text())["rows"], *real_grid.CHOSEN_BY)
     for family, settings in real_grid.FAMILIES.items():
         assert best[family] == f"{family} at {settings['lr']:g}"
 
@@ -377,21 +377,23 @@ def test_a_wrong_folder_is_told(tmp_path):
         real_model.load.__wrapped__(str(tmp_path / "nothing"))
 
 
-def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch, capsys):
-    """Every arm runs; metrics, looks, answers and figure are written."""
-    rows, arms = real_model.load_rows, real_model.ARMS
+@pytest.mark.parametrize("module", [real_model, real_controls], ids=["model", "controls"])
+def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypatch, capsys):
+    """Metrics, looks, answers and figure are written."""
+    rows, arms = real_model.load_rows, module.ARMS
     shorter = {arm: s | (dict(steps=2) if "steps" in s else {}) for arm, s in arms.items()}
     monkeypatch.setattr(real_model, "load_rows", lambda name: rows(name)[:2])
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
     monkeypatch.setattr(real_model, "THEN_STEPS", 1)
-    monkeypatch.setattr(real_model, "ARMS", shorter)
+    monkeypatch.setattr(module, "ARMS", shorter)
     monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
     model = ["--model", str(folder), "--dtype", "float32"]
-    runner.main("real_model", ["--out_dir", str(tmp_path), *model])
-    result = json.loads((tmp_path / "real_model.json").read_text())
+    name = module.__name__.split(".")[-1]
+    runner.main(name, ["--out_dir", str(tmp_path), *model])
+    result = json.loads((tmp_path / f"{name}.json").read_text())
     assert [row["arm"] for row in result["rows"]] == [*arms]
     for row in result["rows"]:
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in row["metrics"].values())
@@ -421,8 +423,10 @@ def test_the_experiment_writes_results_and_answers(folder, tmp_path, monkeypatch
                 assert sample["teacher_prompt"] == wanted and sample["expected"] == fact["answer"]
                 hint = "article" if reads == "article" else "demonstration"
                 assert sample["demonstration"] == fact[hint] and sample["prompt"] == fact["prompt"]
-    assert result["rows"][0]["metrics"]["KL prior"] == [0.0]
-    assert (tmp_path / "real_model.png").exists() or not importlib.util.find_spec("matplotlib")
+        if "steps" not in arm:
+            assert row["metrics"]["KL prior"] == [0.0]
+    drawn = (tmp_path / f"{name}.png").exists()
+    assert drawn == (module is real_model and importlib.util.find_spec("matplotlib") is not None)
     assert "s left" in capsys.readouterr().out
 
 
