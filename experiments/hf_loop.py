@@ -1,18 +1,14 @@
-"""SDFT of a Hugging Face model, to copy: any causal language model with a chat template.
-
-It needs sdft.py beside it, and is used so:
+"""SDFT of a Hugging Face model, to copy with sdft.py: any causal model with a chat template.
 
     student, tokenizer = ...  # AutoModelForCausalLM in float32, AutoTokenizer
-    teacher = copy.deepcopy(student)
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-5, weight_decay=0.0)
+    teacher, optimizer = copy.deepcopy(student), torch.optim.AdamW(student.parameters(), 1e-5)
     prompts = [chat(tokenizer, x) for x, c in pairs]
     teacher_prompts = [chat(tokenizer, teacher_context(x, c)) for x, c in pairs]
     for rows in batches(len(pairs), batch_size=8, steps=100):
         x, xc = [prompts[i] for i in rows], [teacher_prompts[i] for i in rows]
         loss = sdft_step(student, teacher, optimizer, x, xc, tokenizer.eos_token_id, alpha=0.02)
 
-Prompts are lists of token ids, completions and mask (B, C) as in sdft.py. Weights, gradients and
-loss are in float32; `dtype` is that of the forward passes.
+Shapes are those of sdft.py. Weights and loss are in float32, the forward passes in `dtype`.
 """
 
 import copy
@@ -40,23 +36,21 @@ def batches(n, batch_size, steps):
 
 def padded(prompts, device):
     """Token ids (B, P), padded on the left, and their attention mask (B, P)."""
-    tokens, n_pad = left_pad(prompts, device)
-    if n_pad is None:
-        return tokens, torch.ones_like(tokens)
-    return tokens, (torch.arange(tokens.size(1), device=device) >= n_pad[:, None]).long()
+    tokens, _ = left_pad(prompts, device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return tokens, (torch.arange(tokens.size(1), 0, -1, device=device) <= lengths[:, None]).long()
 
 
 @torch.no_grad()
 def respond(model, prompts, max_new_tokens, eos_id, temperature=1.0, dtype=torch.float32):
     """The model's responses: completions (B, C) and mask (B, C), as from `sdft.rollout`."""
-    if dtype != model.dtype:  # Every token reads all the weights: in half the bytes.
-        model = copy.deepcopy(model).to(dtype)
+    model = model if dtype == model.dtype else copy.deepcopy(model).to(dtype)  # half the bytes
     tokens, attention = padded(prompts, model.device)
-    how = dict(do_sample=False, attention_mask=attention, max_new_tokens=max_new_tokens)
+    how = dict(attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0)
     if temperature > 0:  # By default `generate` samples from the 50 likeliest tokens only.
-        how |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    completions = model.generate(tokens, eos_token_id=eos_id, pad_token_id=eos_id, **how)
-    completions = completions[:, tokens.size(1) :]  # (B, C)
+        how |= dict(temperature=temperature, top_k=0, top_p=1.0)
+    tokens = model.generate(tokens, eos_token_id=eos_id, pad_token_id=eos_id, **how)
+    completions = tokens[:, attention.size(1) :]  # (B, C)
     is_end = (completions == eos_id).long()
     return completions, is_end.cumsum(1) - is_end == 0  # up to and including the first end token
 
@@ -68,30 +62,37 @@ def completion_logits(model, prompts, completions, dtype=torch.float32):
     attention = torch.cat([attention, torch.ones_like(completions[:, :-1])], 1)
     # Positions count real tokens only: without them, left padding would shift every position.
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    how = dict(position_ids=positions, logits_to_keep=completions.size(1), use_cache=False)
+    how = dict(attention_mask=attention, position_ids=positions, use_cache=False)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-        return model(tokens, attention_mask=attention, **how).logits
+        return model(tokens, logits_to_keep=completions.size(1), **how).logits
 
 
-def distill_loss(
-    student, teacher, prompts, teacher_prompts, completions, mask, divergence, dtype=torch.float32
-):
+def distill_loss(student, teacher, prompts, teacher_prompts, completions, mask, divergence, dtype):
     """`sdft.distill_loss`, of given completions (B, C)."""
-    student_logits = completion_logits(student, prompts, completions, dtype)  # (B, C, V)
+    logits = completion_logits(student, prompts, completions, dtype)  # (B, C, V)
     with torch.no_grad():
         teacher_logits = completion_logits(teacher, teacher_prompts, completions, dtype)
-    return sdft_loss(student_logits, teacher_logits, mask, divergence)
+    return sdft_loss(logits, teacher_logits, mask, divergence)
 
 
 def sdft_step(
-    student, teacher, optimizer, prompts, teacher_prompts, eos_id, max_new_tokens=32, *,
-    divergence="forward", alpha=0.0, temperature=1.0, skip_tokens=0, dtype=torch.float32,
-):  # fmt: skip
+    student,
+    teacher,
+    optimizer,
+    prompts,
+    teacher_prompts,
+    eos_id,
+    max_new_tokens=32,
+    divergence="forward",
+    alpha=0.0,
+    temperature=1.0,
+    skip_tokens=0,
+    dtype=torch.float32,
+):
     """`sdft.train_step`: Algorithm 1 on one minibatch. The loss."""
-    completions, mask = respond(student, prompts, max_new_tokens, eos_id, temperature, dtype)
+    y, mask = respond(student, prompts, max_new_tokens, eos_id, temperature, dtype)  # (B, C)
     mask[:, :skip_tokens] = False
-    both = student, teacher, prompts, teacher_prompts
-    loss, _ = distill_loss(*both, completions, mask, divergence, dtype)
+    loss, _ = distill_loss(student, teacher, prompts, teacher_prompts, y, mask, divergence, dtype)
     loss.backward()
     clip_and_step(student, optimizer, loss.item())
     if alpha:  # A frozen teacher may be shared with others.

@@ -80,7 +80,7 @@ def experiment_table(results, name):
         best = chosen(rows, *module.SWEEP).values()
         rows = [row for row in rows if " at " not in row["arm"] or row["arm"] in best]
     seeds, seconds = len(results[name]["seeds"]), results[name]["seconds"]
-    cost = f"{seeds} seeds; {seconds:,} s in all, in processes of one thread."
+    cost = f"{seeds} seed{'s' * (seeds > 1)}; {seconds:,} s in all, in processes of one thread."
     lines = [*table(rows, module.COLUMNS), ""]
     if turns := getattr(module, "TURNS", ()):  # what became of it all after a second task
         two_tasks = [row for row in rows if turns[0] in row["metrics"]]

@@ -314,7 +314,7 @@ def test_sdft_approaches_the_teacher(tiny, divergence, monkeypatch):
     def distance():
         with torch.no_grad():
             both = student, base, prompts, teacher_prompts
-            return hf_loop.distill_loss(*both, y, mask, divergence)[0].item()
+            return hf_loop.distill_loss(*both, y, mask, divergence, torch.float32)[0].item()
 
     start = distance()
     how = dict(method="sdft", lr=3e-3, steps=16, batch_size=2, n_other=0, temperature=1.0)
