@@ -18,9 +18,10 @@ at most 48 tokens. "KL new" and "KL prior" are KL(model ‖ base), in nats per r
 
 Everyone trains with the embeddings fixed: AdamW moves every row of them at every step, also those
 of tokens that hardly got a gradient. "own" are the base's responses with the article in its prompt:
-eight for each question, drawn once. Rates are chosen on 24 other facts and 46 other prior questions
-(real_grid.py); other controls are in real_controls.py. On the first seed the trained arms go on with
-a second task, calls of four tools, at the settings of the first.
+eight for each question, drawn once. Two of eight rows of a batch are other questions, at which the
+model's own responses are the target. Rates are chosen on 24 other facts and 46 other prior
+questions (real_grid.py); other controls are in real_controls.py. On the first seed the trained arms
+go on with a second task, calls of four tools, at the settings of the first.
 """
 
 import copy
