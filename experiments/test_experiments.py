@@ -576,7 +576,7 @@ def test_the_readme_is_what_the_report_writes():
     text, results = report.README.read_text(encoding="utf-8"), report.load(report.RESULTS)
     assert set(results) == set(report.NAMES)
     fewer = {"forgetting_law", "real_grid"}
-    assert all(len(r["seeds"]) >= 3 for name, r in results.items() if name not in fewer)
+    assert all(len(r["seeds"]) >= 2 for name, r in results.items() if name not in fewer)
     assert report.rewritten(text, results) == text
 
 
@@ -601,4 +601,5 @@ def test_committed_results_fit_the_code():
         for row in result["rows"]:
             seeds = 1 if row["arm"] in getattr(module, "ONCE", ()) else len(result["seeds"])
             for metric, values in row["metrics"].items():  # a second task on the first seed alone
-                assert len(values) == (1 if metric.startswith("then ") else seeds)
+                once = metric == "tools" or metric.startswith("then ")
+                assert len(values) == (1 if once else seeds)
