@@ -1,6 +1,6 @@
 """More controls of real_model.py: what does each of its choices bring? One run of each.
 
-    python -m experiments.real_controls
+    python -m experiments.real_controls --seeds 1
 
 "facts alone" are without the other questions in every batch. "offline" takes SDFT's loss on the
 responses that "sft on own" imitates, "sft + KL" adds the KL to the base to SFT's loss. No results
