@@ -11,8 +11,6 @@
 Shapes are those of sdft.py. Weights and loss are in float32, the forward passes in `dtype`.
 """
 
-import copy
-
 import torch
 
 from sdft import clip_and_step, ema_update, left_pad, sdft_loss
@@ -44,12 +42,12 @@ def padded(prompts, device):
 @torch.no_grad()
 def respond(model, prompts, max_new_tokens, eos_id, temperature=1.0, dtype=torch.float32):
     """The model's responses: completions (B, C) and mask (B, C), as from `sdft.rollout`."""
-    model = model if dtype == model.dtype else copy.deepcopy(model).to(dtype)  # half the bytes
     tokens, attention = padded(prompts, model.device)
     how = dict(attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0)
     if temperature > 0:  # By default `generate` samples from the 50 likeliest tokens only.
         how |= dict(temperature=temperature, top_k=0, top_p=1.0)
-    tokens = model.generate(tokens, eos_token_id=eos_id, pad_token_id=eos_id, **how)
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        tokens = model.generate(tokens, eos_token_id=eos_id, pad_token_id=eos_id, **how)
     completions = tokens[:, attention.size(1) :]  # (B, C)
     is_end = (completions == eos_id).long()
     return completions, is_end.cumsum(1) - is_end == 0  # up to and including the first end token

@@ -14,7 +14,7 @@ from experiments.real_model import OWN, SDFT, SFT, answers, learn, load, load_ro
 
 arguments, inputs = real_model.arguments, real_model.inputs
 FAMILIES = {"sdft": SDFT, "sft on own": OWN, "sft": SFT}
-RATES = (5e-5, 1e-4, 2e-4)
+RATES = (2.5e-5, 5e-5, 1e-4)
 ARMS = {
     f"{name} at {lr:g}": dict(settings=settings | dict(lr=lr))
     for lr in RATES

@@ -284,6 +284,7 @@ def main(argv=None):
             return bench_tricks()
         if args.peers:
             return peers.bench_peers(args)
+        fast.keep_freed_memory()
         device = settings.pick_device(args.device)
         if args.init_from in GPT2_SIZES:
             torch.manual_seed(0)
@@ -296,7 +297,7 @@ def main(argv=None):
                 f"fit block_size {student.config.block_size}; lower it"
             )
         with settings.autocast(args, device):
-            bench_update(args, student.to(device), device)
+            bench_update(args, fast.lean(student.to(device)), device)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -3,24 +3,29 @@
     here               textbook            what is different
     rollout            sdft.rollout        a random stream per row; inverse-CDF sampling
     RolloutGPT         model.GPT           matrices packed for oneDNN; a copy in bfloat16
+    lean               model.Block         computes again, in the backward pass, what is cheap
     chunked_sdft_loss  sdft.sdft_loss      the logits of one chunk of tokens at a time
     train_step         sdft.train_step     micro-batches, several processes, all of the above
     sft_step           sdft.sft_loss       micro-batches, several processes, the step
+    keep_freed_memory                      memory that is freed is used again, not given back
 
 test_fast.py holds every pair equal: tokens, loss, gradients and the weights after a step.
 `python -m gpt2.bench --tricks` measures what each one gains.
 """
+
+import ctypes
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import sdft
 from gpt2 import lora
 from gpt2.data import batches, pad_right
-from model import GPT, Attention, KVCache
+from model import GPT, Attention, Block, KVCache
 from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
 
 CHUNK = 64  # tokens whose logits exist at a time
@@ -172,6 +177,51 @@ class RolloutGPT(GPT):
         return RolloutKVCache(self, batch_size, max_len)
 
 
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
+
+    It would give large blocks back to the system, which maps and clears every page of them again
+    for the next update: a tenth of its time in float32, a third in bfloat16 (AMD Zen 4).
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def lean(model):
+    """Trains the model in less memory, in place: the same weights, outputs and gradients."""
+    for block in model.h:
+        block.__class__ = LeanBlock
+    model.wte.sparse = True  # its gradient, which `train_step` adds to the output layer's
+    return model
+
+
+class LeanBlock(Block):
+    """Keeps 12 of 17 values per token and unit of width for the backward pass.
+
+    LayerNorm and GELU are computed again there; the products after them are not, since
+    `checkpoint` stops when it has their inputs.
+    """
+
+    def forward(self, x, layer, mask, cache):
+        x = x + self.attn(self.ln_1(x), layer, mask, cache)
+        hidden = again(lambda x: self.mlp.c_fc(self.ln_2(x)), x)  # (B, T, 4D)
+        return x + again(lambda h: self.mlp.c_proj(F.gelu(h, approximate="tanh")), hidden)
+
+
+def again(function, x):
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
 # --- Loss -----------------------------------------------------------------------------------------
 
 
@@ -233,6 +283,11 @@ class ChunkedLoss(torch.autograd.Function):
         # A sum over chunks loses too much in bfloat16.
         grad_head = torch.zeros_like(head, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
         per_token = torch.zeros_like(weight)  # (N,)
+        # Under autocast every chunk would cast the output layers again.
+        device, head_dtype = hidden.device.type, head.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        sides = [w.to(dtype or w.dtype) for w in (hidden, head, teacher_hidden, teacher_head)]
+        hidden, head, teacher_hidden, teacher_head = sides
         for start in range(0, max(len(hidden), 1), chunk):  # Without tokens: one empty chunk.
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], head)  # (n, V)
@@ -243,11 +298,9 @@ class ChunkedLoss(torch.autograd.Function):
             per_token[rows] = part.detach()
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ head
-            if grad_head is not None and grad.dtype == grad_head.dtype:
-                grad_head.addmm_(grad.t(), hidden[rows])  # No second (V, D).
-            elif grad_head is not None:
-                grad_head += grad.t() @ hidden[rows]
-        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
+            if grad_head is not None:  # in place: no second (V, D)
+                grad_head.addmm_(grad.t().to(weight.dtype), hidden[rows].to(weight.dtype))
+        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head_dtype)
         ctx.mark_non_differentiable(per_token)
         return (per_token * weight).sum(), per_token
 
@@ -308,18 +361,23 @@ def train_step(
         del rollout_model  # The memory of a copy is free for the activations.
     loss_mask = mask.clone()
     loss_mask[:, :skip_tokens] = False
+    # The tied output layer as a leaf of its own: two dense gradients of it never meet.
+    tied = student.wte.weight
+    head = tied.detach().requires_grad_(tied.requires_grad)  # (V, D)
     total, parts, B = 0.0, [], len(prompts)
     for start in range(0, B, micro_batch or B):
         rows = slice(start, start + (micro_batch or B))
         with torch.no_grad():  # First, while there are no activations of the student beside it.
             teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
         hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
-        sides = hidden, student.wte.weight, teacher_hidden, teacher.wte.weight
+        sides = hidden, head, teacher_hidden, teacher.wte.weight
         loss, info = chunked_sdft_loss(*sides, loss_mask[rows], divergence, chunk)
         loss = loss * len(prompts[rows]) / B
         loss.backward()
         total += loss.item()
         parts.append(info["divergence"])
+    if tied.requires_grad:
+        tied.grad = head.grad.add_(tied.grad)
     average_gradients(student)
     clip_and_step(student, optimizer, total, grad_clip)
     if alpha:  # A frozen teacher is not written to, since it may be the base.

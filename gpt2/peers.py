@@ -102,7 +102,8 @@ def our_updates(folder, flags, text, steps):
     B, P, C = shape(text)
     args, _ = settings.parse_args("", ["--out_dir", "unused", *flags])
     cpu = torch.device("cpu")
-    student = checkpoint.load_model(str(folder))
+    fast.keep_freed_memory()
+    student = fast.lean(checkpoint.load_model(str(folder)))
     if args.lora_rank:
         student = lora.add_adapters(student, args.lora_rank, args.lora_alpha)
     teacher = lora.share(student).requires_grad_(False)

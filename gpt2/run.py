@@ -101,7 +101,7 @@ def prepare(args, saved, device, rank, n_processes):
     files = [args.data, args.test, args.ood, args.eval, args.teacher_template, *(args.old or [])]
     for file in filter(None, files):
         check_there(file)  # A wrong name is told before seconds go into the model.
-    student = load("init_from", args.init_from, checkpoint.load_model).to(device)
+    student = fast.lean(load("init_from", args.init_from, checkpoint.load_model).to(device))
     enc = load_encoding(checkpoint.source_folder(args.init_from))
     config = student.config
     if enc.n_vocab > config.vocab_size:

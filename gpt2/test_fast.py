@@ -1,6 +1,9 @@
 """Each trick of gpt2/fast.py equals the textbook function of sdft.py. CPU only, offline."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdft
-from gpt2 import fast, settings
+from gpt2 import fast, lora, settings
 from gpt2.conftest import small_gpt
 from gpt2.data import pad_right
 from sdft import completion_logits, left_pad, sdft_loss
@@ -281,6 +284,86 @@ def test_chunked_loss_holds_one_chunk_of_logits():
     assert chunked.elements == max(chunk * V, V * D) and plain.elements == B * C * V
 
 
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+RANK = 2
+
+
+class Products(TorchDispatchMode):
+    """How often matrices are multiplied, but for an adapter's, and how often GELU is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.gelus = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+            self.products += all(RANK not in a.shape for a in args)
+        self.gelus += f.overloadpacket.__name__ == "gelu"
+        return f(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rank", [0, RANK], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lean_blocks_repeat_no_product_and_change_no_bit(dtype, rank):
+    """Outputs and gradients; GELU runs twice in every block, a product never."""
+    tokens, n_pad = left_pad(PROMPTS, CPU)
+    seen = []
+    for change in (lambda model: model, fast.lean):
+        model = tiny()
+        if rank:
+            torch.manual_seed(0)
+            for w in lora.trained(lora.add_adapters(model, rank, 16)).values():
+                torch.nn.init.normal_(w, std=0.02)
+        model, counts = change(model), Products()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), counts:
+            hidden = model.hidden(tokens, n_pad)
+            hidden.square().sum().backward()
+        blocks = {name: p.grad for name, p in model.h.named_parameters() if p.requires_grad}
+        seen.append((counts, hidden, blocks))
+    for name, grad in seen[0][2].items():
+        assert torch.equal(grad, seen[1][2][name]), name
+    assert torch.equal(seen[0][1], seen[1][1])
+    plain, lean = (counts for counts, *_ in seen)
+    assert lean.products == plain.products and lean.gelus == 2 * plain.gelus > 0
+
+
+def test_a_step_has_one_dense_gradient_of_the_tied_weight():
+    """The largest tensor: (V, D), and the embedding's gradient has only the rows it read."""
+    student, teacher = fast.lean(tiny()), tiny(1)
+    loss = student.hidden(torch.tensor([[3, 5, 3]])).sum()
+    loss.backward()
+    assert student.wte.weight.grad.is_sparse and student.wte.weight.grad._nnz() == 3
+    student.zero_grad()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(student.wte.weight.grad.layout))
+    models = student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 9, EOS
+    fast.train_step(*models, generators=streams())
+    assert seen == [torch.strided]  # what AdamW and the processes' mean need
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
+def test_freed_memory_is_kept():
+    """256 MiB that were freed are there for the next tensor; plain glibc gives them back."""
+    code = """
+import sys, torch
+from gpt2 import bench, fast
+if sys.argv[1] == "keep":
+    fast.keep_freed_memory()
+x = torch.ones(2**26)
+used = bench.memory("VmRSS")
+del x
+print((used - bench.memory("VmRSS")) / 2**20)
+"""
+    freed = {}
+    for how in ("plain", "keep"):
+        run = [sys.executable, "-c", code, how]
+        freed[how] = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    assert freed["plain"] > 200 and freed["keep"] < 50
+
+
 # --- Steps ----------------------------------------------------------------------------------------
 
 
@@ -305,6 +388,7 @@ def test_step_equals_the_textbook_step(size, options, textbook_draws):
         if step is sdft.train_step:
             loss, info = step(*inputs, **options)
         else:
+            fast.lean(student)
             loss, info = step(*inputs, generators=streams(), **options, **size)
         results.append((loss, info, student.state_dict(), teacher.state_dict()))
     lengths = results[0][1]["mask"].sum(1).tolist()

@@ -263,6 +263,7 @@ def process_numbers():
 
 
 def main(argv=None):
+    fast.keep_freed_memory()
     args, given = settings.parse_args(__doc__, argv)
     rank = 0
     try:
