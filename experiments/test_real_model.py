@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import importlib.util
 import json
 import sys
@@ -235,6 +236,22 @@ def test_the_mask_ends_with_the_first_end(tiny, monkeypatch):
     y, mask = hf_loop.respond(model, [prompt] * 3, 4, eos)
     assert torch.equal(y, end) and mask.sum(1).tolist() == [2, 4, 1]
     assert mask[0].tolist() == [True, True, False, False]
+
+
+def test_rollouts_run_in_the_dtype_that_scores(tiny):
+    """In bfloat16 both are under autocast, and the weights stay in float32."""
+    model, tokenizer = tiny
+    layer = next(m for name, m in model.named_modules() if name.endswith(("q_proj", "c_attn")))
+    prompts, y = chats(tokenizer, ["?"]), torch.tensor([[5, 6]])
+    for dtype in (torch.float32, torch.bfloat16):
+        respond = functools.partial(hf_loop.respond, eos_id=tokenizer.eos_token_id, dtype=dtype)
+        score = functools.partial(hf_loop.completion_logits, dtype=dtype)
+        for phase, given in ((respond, 4), (score, y)):
+            seen = set()
+            hook = layer.register_forward_hook(lambda *call, seen=seen: seen.add(call[2].dtype))
+            phase(model, prompts, given)
+            hook.remove()
+            assert seen == {dtype} and model.dtype == torch.float32
 
 
 def test_samples_come_from_the_whole_vocabulary(tiny):
