@@ -181,6 +181,38 @@ def pad_right(responses, eos_id):
     return tokens, mask
 
 
+class ReadOnce:
+    """A frozen model that reads a prompt once and keeps its keys and values, as prompts come again.
+
+    To be called as `hf_loop.completion_logits` calls a model.
+    """
+
+    def __init__(self, model):
+        self.model, self.kept = model, {}
+
+    def __call__(self, tokens, attention_mask, position_ids, use_cache, logits_to_keep):
+        from transformers import DynamicCache
+
+        n = tokens.size(1) - logits_to_keep  # columns before the last token of the prompts
+        rows = [self.read(row[mask > 0]) for row, mask in zip(tokens[:, :n], attention_mask[:, :n])]
+        past = DynamicCache()
+        for layer, pairs in enumerate(zip(*rows)):  # keys and values (1, H, length, D/H) of a row
+            pad = lambda x: torch.nn.functional.pad(x, (0, 0, n - x.size(2), 0))  # on the left
+            past.update(*(torch.cat([pad(x) for x in xs]) for xs in zip(*pairs)), layer)
+        how = dict(attention_mask=attention_mask, position_ids=position_ids[:, n:])
+        return self.model(tokens[:, n:], past_key_values=past, **how)
+
+    def read(self, prompt):
+        """[(keys, values)] of every layer."""
+        ids = tuple(prompt.tolist())
+        if ids not in self.kept:
+            layers = self.model(
+                prompt[None], use_cache=True, logits_to_keep=1
+            ).past_key_values.layers
+            self.kept[ids] = [(layer.keys, layer.values) for layer in layers]
+        return self.kept[ids]
+
+
 def response_step(
     student,
     teacher,
@@ -252,6 +284,8 @@ def learn(
         given = [[tokenizer(t, add_special_tokens=False).input_ids + [eos]] for t in texts]
     elif method != "sdft":
         given = own_responses(teacher, hints, eos, temperature)
+    if method == "sdft" and not alpha:
+        teacher = ReadOnce(teacher)
     order = batches(len(rows), batch_size - n_other, steps)
     if n_other:  # both roles read the same
         other = [chat(tokenizer, r["prompt"]) for r in load_rows("real_other")]

@@ -265,6 +265,20 @@ def test_samples_come_from_the_whole_vocabulary(tiny):
     assert len(y.unique()) > 200
 
 
+def test_a_frozen_teacher_reads_a_prompt_once(either):
+    """Prompts of different lengths, in any order: the logits are the model's own."""
+    model, tokenizer = either
+    prompts = chats(tokenizer, ["?", "Where is Velk?", "Who built the lighthouse on Tern Rock?"])
+    y = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    once = real_model.ReadOnce(model)
+    for order in ([0, 1], [2, 0], [1, 2]):
+        given = [prompts[i] for i in order], y[order]
+        with torch.no_grad():
+            expected = hf_loop.completion_logits(model, *given)
+            torch.testing.assert_close(hf_loop.completion_logits(once, *given), expected)
+    assert len(once.kept) == 3
+
+
 def test_a_chat_has_turns(tiny):
     """A demonstration can stand as what the model said before."""
     _, tokenizer = tiny
