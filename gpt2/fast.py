@@ -196,27 +196,31 @@ def keep_freed_memory():
 
 
 def lean(model):
-    """Trains the model in less memory, in place: the same weights, outputs and gradients."""
+    """Change a GPT in place so that it trains in less memory: same weights, outputs, gradients.
+
+    The embedding's own gradient is sparse, and becomes dense beside that of the output layer.
+    """
     for block in model.h:
         block.__class__ = LeanBlock
-    model.wte.sparse = True  # its gradient, which `train_step` adds to the output layer's
+    model.wte.sparse = model.wte.weight.device.type != "mps"  # which lacks sparse tensors
     return model
 
 
 class LeanBlock(Block):
     """Keeps 12 of 17 values per token and unit of width for the backward pass.
 
-    LayerNorm and GELU are computed again there; the products after them are not, since
-    `checkpoint` stops when it has their inputs.
+    LayerNorm and GELU of the MLP are computed again there; the products after them are not, but for
+    an adapter's two small ones, since `checkpoint` stops when it has their inputs.
     """
 
     def forward(self, x, layer, mask, cache):
         x = x + self.attn(self.ln_1(x), layer, mask, cache)
-        hidden = again(lambda x: self.mlp.c_fc(self.ln_2(x)), x)  # (B, T, 4D)
-        return x + again(lambda h: self.mlp.c_proj(F.gelu(h, approximate="tanh")), hidden)
+        hidden = recomputed(lambda x: self.mlp.c_fc(self.ln_2(x)), x)  # (B, T, 4D)
+        return x + recomputed(lambda h: self.mlp.c_proj(F.gelu(h, approximate="tanh")), hidden)
 
 
-def again(function, x):
+def recomputed(function, x):
+    """function(x), of which the backward pass keeps x only and computes again what it needs."""
     if not torch.is_grad_enabled():
         return function(x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
@@ -286,8 +290,8 @@ class ChunkedLoss(torch.autograd.Function):
         # Under autocast every chunk would cast the output layers again.
         device, head_dtype = hidden.device.type, head.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        sides = [w.to(dtype or w.dtype) for w in (hidden, head, teacher_hidden, teacher_head)]
-        hidden, head, teacher_hidden, teacher_head = sides
+        operands = hidden, head, teacher_hidden, teacher_head
+        hidden, head, teacher_hidden, teacher_head = (w.to(dtype or w.dtype) for w in operands)
         for start in range(0, max(len(hidden), 1), chunk):  # Without tokens: one empty chunk.
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], head)  # (n, V)
@@ -361,7 +365,8 @@ def train_step(
         del rollout_model  # The memory of a copy is free for the activations.
     loss_mask = mask.clone()
     loss_mask[:, :skip_tokens] = False
-    # The tied output layer as a leaf of its own: two dense gradients of it never meet.
+    # The tied output layer is a leaf of its own. The embedding's gradient, sparse in a lean model,
+    # is added at the end: with one pass there is one (V, D).
     tied = student.wte.weight
     head = tied.detach().requires_grad_(tied.requires_grad)  # (V, D)
     total, parts, B = 0.0, [], len(prompts)
@@ -377,7 +382,8 @@ def train_step(
         total += loss.item()
         parts.append(info["divergence"])
     if tied.requires_grad:
-        tied.grad = head.grad.add_(tied.grad)
+        own = tied.grad.coalesce() if tied.grad.is_sparse else tied.grad
+        tied.grad = head.grad.add_(own)
     average_gradients(student)
     clip_and_step(student, optimizer, total, grad_clip)
     if alpha:  # A frozen teacher is not written to, since it may be the base.

@@ -1,6 +1,7 @@
 """Each trick of gpt2/fast.py equals the textbook function of sdft.py. CPU only, offline."""
 
 import copy
+import os
 import platform
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def test_lean_blocks_repeat_no_product_and_change_no_bit(dtype, rank):
         assert torch.equal(grad, seen[1][2][name]), name
     assert torch.equal(seen[0][1], seen[1][1])
     plain, lean = (counts for counts, *_ in seen)
-    assert lean.products == plain.products and lean.gelus == 2 * plain.gelus > 0
+    assert lean.products == plain.products > 0 and lean.gelus == 2 * plain.gelus > 0
 
 
 def test_a_step_has_one_dense_gradient_of_the_tied_weight():
@@ -357,10 +358,12 @@ used = bench.memory("VmRSS")
 del x
 print((used - bench.memory("VmRSS")) / 2**20)
 """
+    others = ("LD_PRELOAD", "MALLOC_", "GLIBC_TUNABLES")  # other allocators, other settings
+    env = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     freed = {}
     for how in ("plain", "keep"):
         run = [sys.executable, "-c", code, how]
-        freed[how] = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+        freed[how] = float(subprocess.run(run, stdout=-1, text=True, check=True, env=env).stdout)
     assert freed["plain"] > 200 and freed["keep"] < 50
 
 
@@ -414,6 +417,7 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size):
             sdft.clip_and_step(student, optimizer, loss.item(), 0.3)
             results.append((loss.item(), student.state_dict()))
         else:
+            fast.lean(student)
             how = EOS, 0.3, micro_batch
             loss, info = fast.sft_step(student, optimizer, PROMPTS, demonstrations, *how)
             results.append((loss, student.state_dict()))

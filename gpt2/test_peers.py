@@ -33,7 +33,7 @@ def test_the_table_compares_what_belongs_together():
     """A rollout's ratio is how many times as fast ours is, an update's the share of their time."""
     rolled = {("8x64+32", torch.float32): (2.0, 0.5)}
     updated = {(True, name): (1.0, 300.0) for name in peers.OURS}
-    updated |= {(False, name): (2.0, None) for name in peers.THEIRS}
+    updated |= {(False, name): (2.0, None) for name, _ in peers.COMPARED}
     updated |= {(False, "float32"): (4.0, 400.0)}
     table = peers.table(rolled, updated, "8x32+32").splitlines()
     assert "| rollout 8 × (64 + 32), float32, tokens/s | 128 | 512 | 4.00 |" in table
