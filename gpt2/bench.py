@@ -226,6 +226,13 @@ def loss_memory(chunk):
     return memory("VmHWM") - before
 
 
+def new_tensor(keep):
+    """Milliseconds to fill a new tensor of 64 MiB, after others of that size were freed."""
+    if keep:
+        fast.keep_freed_memory()
+    return 1e3 * median_seconds(lambda: torch.ones(2**24), CPU, 30)
+
+
 def in_a_process(call):
     """What a function of this file returns in a process of its own, whose peak starts afresh."""
     code = f"from gpt2 import bench; print(bench.{call})"
@@ -238,6 +245,9 @@ def bench_tricks():
     print("| plain, or fast | plain | fast |\n|---|---:|---:|")
     for what, plain, quick in tricks():
         print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
+    plain, quick = (in_a_process(f"new_tensor({keep})") for keep in (False, True))
+    what = "a new tensor of 64 MiB: freed memory given back, or kept"
+    print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
     if memory("VmHWM"):
         plain, quick = (in_a_process(f"loss_memory({n})") / 2**20 for n in (0, fast.CHUNK))
         what = f"peak of loss and backward, 2,048 tokens: all logits, or {fast.CHUNK} at a time"

@@ -184,7 +184,7 @@ def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
 
     It would give large blocks back to the system, which maps and clears every page of them again
-    for the next update: a tenth of its time in float32, a third in bfloat16 (AMD Zen 4).
+    for the next update. What that costs depends on the machine: `gpt2.bench --tricks` shows it.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
