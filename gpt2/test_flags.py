@@ -63,7 +63,7 @@ def direct(changed_runs, base, data):
     assert set(CHANGED) | {"lora_rank", "lora_alpha"} == set(settings.NUMBERS)  # see test_lora.py
     out = {}
     for method in ("sdft", "sft"):
-        student = checkpoint.load_model(str(base))
+        student = fast.lean(checkpoint.load_model(str(base)))
         teacher = copy.deepcopy(student).requires_grad_(False)
         reader = RowReader(load_encoding(base), 320, 7, "{article} or {demonstration}? {prompt}")
         rows = reader.read(data / "train.jsonl", reader.training)
