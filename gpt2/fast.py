@@ -6,11 +6,11 @@
     lean               model.Block         computes again, in the backward pass, what is cheap
     chunked_sdft_loss  sdft.sdft_loss      the logits of one chunk of tokens at a time
     train_step         sdft.train_step     micro-batches, several processes, all of the above
-    sft_step           sdft.sft_loss       micro-batches, several processes, the step
+    sft_step           sdft.sft_loss       micro-batches, several processes, the optimizer's step
     keep_freed_memory                      memory that is freed is used again, not given back
 
 test_fast.py holds every pair equal: tokens, loss, gradients and the weights after a step.
-`python -m gpt2.bench --tricks` measures what each one gains.
+`python -m gpt2.bench --tricks` measures what they gain.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ def inverse_cdf(probs, u):
 @torch.no_grad()
 def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generators=None):
     """`sdft.rollout` with a generator per row, which makes a row independent of those beside it."""
-    if max_new_tokens < 1 or not temperature >= 0.01:  # greedy needs no random numbers
+    if max_new_tokens < 1 or not temperature >= 0.01:  # greedy, or what sdft.rollout refuses
         return sdft.rollout(model, prompts, max_new_tokens, eos_id, temperature)
     device = next(model.parameters()).device
     tokens, n_pad = left_pad(prompts, device)  # (B, P)
@@ -87,7 +87,7 @@ class PackedLinear(nn.Module):
     """nn.Linear with its weight in the layout that oneDNN's kernels read, packed once.
 
     F.linear on a CPU packs the weight at every call, which for the few rows of a decoding step
-    takes as long as the product: packed, it is 1.3 to 2.7 times as fast on an AMD Zen 4.
+    takes at least as long as the product.
     """
 
     def __init__(self, weight, bias=None):
@@ -96,7 +96,7 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def can_hold(weight):
-        """Not under autocast, which would leave the product in the weight's dtype."""
+        """Not under autocast, which does not cast for the packed product."""
         if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
         half = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
@@ -145,8 +145,8 @@ class RolloutGPT(GPT):
     def of(cls, model, dtype=None):
         """Shares the model's memory if dtype is None or the model's own; otherwise a copy.
 
-        A copy has the adapters of gpt2/lora.py merged into its weights. On a CPU the matrices are
-        packed, which takes as much memory as they do, but not after the rollout.
+        A copy has the adapters of gpt2/lora.py merged into its weights. Matrices packed on a CPU
+        are copies of the same size, freed with this model.
         """
         with torch.device("meta"):
             rollout_model = cls(model.config)
@@ -167,7 +167,7 @@ class RolloutGPT(GPT):
             for name, child in [*module.named_children()]:
                 if isinstance(child, nn.Linear):
                     setattr(module, name, PackedLinear(child.weight, child.bias))
-        if not hasattr(self, "lora"):  # Beside adapters it would be the peak of an update.
+        if not hasattr(self, "lora"):  # Beside adapters it would set the peak of an update.
             self.packed_head = PackedLinear(self.wte.weight)
 
     def lm_head(self, hidden):
@@ -183,8 +183,8 @@ class RolloutGPT(GPT):
 def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
 
-    It would give large blocks back to the system, which maps and clears every page of them again
-    for the next update. What that costs depends on the machine: `gpt2.bench --tricks` shows it.
+    Otherwise glibc gives large blocks back to the system, which maps and clears every page of them
+    again for the next update. What that costs depends on the machine: `gpt2.bench --tricks` shows it.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -198,7 +198,7 @@ def keep_freed_memory():
 def lean(model):
     """Change a GPT in place so that it trains in less memory: same weights, outputs, gradients.
 
-    The embedding's own gradient is sparse, and becomes dense beside that of the output layer.
+    The embedding's gradient is sparse; `train_step` adds it to the output layer's dense one.
     """
     for block in model.h:
         block.__class__ = LeanBlock
@@ -209,8 +209,8 @@ def lean(model):
 class LeanBlock(Block):
     """Keeps 12 of 17 values per token and unit of width for the backward pass.
 
-    LayerNorm and GELU of the MLP are computed again there; the products after them are not, but for
-    an adapter's two small ones, since `checkpoint` stops when it has their inputs.
+    LayerNorm and GELU of the MLP are computed again there, and an adapter's two small products; no
+    large product is, since `checkpoint` stops once it has what the backward pass needs.
     """
 
     def forward(self, x, layer, mask, cache):
@@ -355,7 +355,7 @@ def train_step(
 
     generators     one per row
     rollout_dtype  of the weights that sample, also under autocast; None is the student's
-    micro_batch    rows per forward/backward pass; gradients accumulate, so only memory changes
+    micro_batch    rows per forward/backward pass; gradients accumulate, which takes less memory
     """
     with torch.autocast(student.wte.weight.device.type, enabled=False):
         rollout_model = RolloutGPT.of(student, rollout_dtype)
@@ -366,7 +366,7 @@ def train_step(
     loss_mask = mask.clone()
     loss_mask[:, :skip_tokens] = False
     # The tied output layer is a leaf of its own. The embedding's gradient, sparse in a lean model,
-    # is added at the end: with one pass there is one (V, D).
+    # is added at the end, so that a single pass holds only one dense (V, D) gradient.
     tied = student.wte.weight
     head = tied.detach().requires_grad_(tied.requires_grad)  # (V, D)
     total, parts, B = 0.0, [], len(prompts)
