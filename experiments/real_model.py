@@ -17,12 +17,15 @@ fact without asking for it, "reversed" one that asks the other way round; "prior
 questions never trained on, "instructions" 104 prompts with IFEval's checkers (instructions.py), of
 at most 48 tokens. "KL new" and "KL prior" are KL(model ‖ base), in nats per response.
 
+"prior at .90" is the prior accuracy as soon as nine tenths of the facts are known, looked at every
+8 updates; "ended" is the share of answers to prior questions that end within 32 tokens.
+
 Everyone trains with the embeddings fixed: AdamW moves every row of them at every step, also those
 of tokens that hardly got a gradient. "own" are the base's responses with the article in its prompt:
-eight for each question, drawn once. Two of eight rows of a batch are other questions, at which the
-model's own responses are the target. Rates are chosen on 24 other facts and 46 other prior
-questions (real_grid.py); other controls are in real_controls.py. On the first seed the trained arms
-go on with a second task, calls of four tools, at the settings of the first.
+eight for each question, drawn once. Two of eight rows of a batch are other prompts, at which the
+model's own responses are the target. Rates were chosen on 24 other facts and 46 other prior
+questions (real_grid.py, and experiments/README.md); other controls are in real_controls.py. The
+trained arms then go on with a second task, calls of four tools, at the rate of the first.
 """
 
 import copy
@@ -49,15 +52,20 @@ N_OWN = 8  # of the base's responses to a question
 MATCHED = 0.9  # of the facts: there "prior at .90" is measured
 THEN_STEPS = 64  # updates on the second task
 SFT = dict(method="expert", lr=5e-5, steps=64)
-OWN = dict(method="own", lr=5e-5, steps=64)
+OWN = dict(method="own", lr=1e-4, steps=64)
 SDFT = dict(method="sdft", lr=5e-5, steps=112)
+ALONE = dict(n_other=0)  # without the other prompts in every batch
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
     "sft": SFT | dict(then="real_tools"),
     "sft on own": OWN | dict(then="real_tools"),
     "sdft": SDFT | dict(then="real_tools"),
+    "sft, facts alone": SFT | ALONE,
+    "sft on own, facts alone": OWN | ALONE,
+    "sdft, facts alone": SDFT | ALONE,
 }
+ONCE = [arm for arm in ARMS if "alone" in arm]
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in ARMS.items()}
 COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90", "instructions"]
 COLUMNS += ["words", "ended", "KL new", "KL prior"]
@@ -266,11 +274,13 @@ def learn(
     temperature=0.5,
     fixed=True,
     n_other=2,
+    others=None,
     batch_size=8,
 ):
     """A generator of the losses, one per update of the student; with alpha of the teacher too.
 
-    The teacher begins as the student does.
+    The teacher begins as the student does. `n_other` rows of a batch are other prompts, the first
+    `others` of the file, or all.
     """
     eos = tokenizer.eos_token_id
     student.get_input_embeddings().requires_grad_(not fixed)
@@ -288,7 +298,7 @@ def learn(
         teacher = ReadOnce(teacher)
     order = batches(len(rows), batch_size - n_other, steps)
     if n_other:  # both roles read the same
-        other = [chat(tokenizer, r["prompt"]) for r in load_rows("real_other")]
+        other = [chat(tokenizer, r["prompt"]) for r in load_rows("real_other")[:others]]
         prompts, hints = prompts + other, hints + other
         if method != "sdft":
             given = given + own_responses(teacher, other, eos, temperature)

@@ -600,6 +600,6 @@ def test_committed_results_fit_the_code():
         assert [row["arm"] for row in result["rows"]] == [*module.ARMS]
         for row in result["rows"]:
             seeds = 1 if row["arm"] in getattr(module, "ONCE", ()) else len(result["seeds"])
-            for metric, values in row["metrics"].items():  # a second task on the first seed alone
-                once = metric == "tools" or metric.startswith("then ")
-                assert len(values) == (1 if once else seeds)
+            for metric, values in row["metrics"].items():
+                # Not every run gets to nine tenths of the facts.
+                assert len(values) == seeds or metric.endswith(" .90") and values
