@@ -2,8 +2,9 @@
 
     python -m experiments.real_controls --seeds 1
 
-"offline" takes SDFT's loss on the responses that "sft on own" imitates, "sft + KL" adds the KL to
-the base to SFT's loss. No results of these are committed; their rates are those of real_model.py.
+"facts alone" are without the other prompts in every batch. "offline" takes SDFT's loss on the
+responses that "sft on own" imitates, "sft + KL" adds the KL to the base to SFT's loss. No results
+of these are committed; their rates are those of real_model.py.
 """
 
 from experiments import real_model, runner
@@ -11,7 +12,11 @@ from experiments.real_model import OWN, SDFT, SFT
 
 arguments, inputs, measure = real_model.arguments, real_model.inputs, real_model.measure
 COLUMNS, WORLDS = real_model.COLUMNS, real_model.WORLDS
+ALONE = dict(n_other=0)
 ARMS = {
+    "sdft, facts alone": SDFT | ALONE,
+    "sft on own, facts alone": OWN | ALONE,
+    "sft, facts alone": SFT | ALONE,
     "offline": OWN | dict(method="offline"),
     "sft + KL": SFT | dict(weight=1.0),
     "sdft, reverse KL": SDFT | dict(divergence="reverse"),

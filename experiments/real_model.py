@@ -54,18 +54,13 @@ THEN_STEPS = 64  # updates on the second task
 SFT = dict(method="expert", lr=5e-5, steps=64)
 OWN = dict(method="own", lr=1e-4, steps=64)
 SDFT = dict(method="sdft", lr=5e-5, steps=112)
-ALONE = dict(n_other=0)  # without the other prompts in every batch
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
     "sft": SFT | dict(then="real_tools"),
     "sft on own": OWN | dict(then="real_tools"),
     "sdft": SDFT | dict(then="real_tools"),
-    "sft, facts alone": SFT | ALONE,
-    "sft on own, facts alone": OWN | ALONE,
-    "sdft, facts alone": SDFT | ALONE,
 }
-ONCE = [arm for arm in ARMS if "alone" in arm]
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in ARMS.items()}
 COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90", "instructions"]
 COLUMNS += ["words", "ended", "KL new", "KL prior"]
