@@ -393,7 +393,7 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
     if method:
         student, settings = copy.deepcopy(base), dict(settings, method=method)
         if options.quick:
-            settings["steps"] = 8
+            settings |= dict(steps=8, others=8)
         models = student, base, tokenizer
         matched = train_with_looks(*models, facts, asked, seed, arm, settings)
     metrics, responses = scores(student, tokenizer, asked)
