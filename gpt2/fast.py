@@ -6,7 +6,7 @@
     lean               model.Block         computes again, in the backward pass, what is cheap
     chunked_sdft_loss  sdft.sdft_loss      the logits of one chunk of tokens at a time
     train_step         sdft.train_step     micro-batches, several processes, all of the above
-    sft_step           sdft.sft_loss       micro-batches, several processes, the optimizer's step
+    sft_step           sdft.sft_loss       micro-batches, several processes, and the update
     keep_freed_memory                      memory that is freed is used again, not given back
 
 test_fast.py holds every pair equal: tokens, loss, gradients and the weights after a step.
