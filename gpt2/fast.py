@@ -184,7 +184,7 @@ def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
 
     Otherwise glibc gives large blocks back to the system, which maps and clears every page of them
-    again for the next update. What that costs depends on the machine: `gpt2.bench --tricks` shows it.
+    again for the next update. `gpt2.bench --tricks` shows what that costs on a machine.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
