@@ -209,10 +209,8 @@ class ReadOnce:
         """[(keys, values)] of every layer."""
         ids = tuple(prompt.tolist())
         if ids not in self.kept:
-            layers = self.model(
-                prompt[None], use_cache=True, logits_to_keep=1
-            ).past_key_values.layers
-            self.kept[ids] = [(layer.keys, layer.values) for layer in layers]
+            out = self.model(prompt[None], use_cache=True, logits_to_keep=1)
+            self.kept[ids] = [(kv.keys, kv.values) for kv in out.past_key_values.layers]
         return self.kept[ids]
 
 
