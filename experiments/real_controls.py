@@ -22,6 +22,7 @@ ARMS = {
     "sdft, reverse KL": SDFT | dict(divergence="reverse"),
     "sdft, EMA teacher": SDFT | dict(alpha=0.02),
     "sdft, temperature 1": SDFT | dict(temperature=1.0),
+    "sdft, demonstration": SDFT | dict(teacher_reads="demonstration"),
     "sdft, both": SDFT | dict(teacher_reads="both"),
     "sdft, embeddings trained": SDFT | dict(fixed=False),
     "oracle, both": dict(reads="both"),

@@ -43,6 +43,7 @@ from data.scoring import contains
 from experiments import hf_loop, instructions, runner
 from experiments.common import options
 from experiments.hf_loop import batches, chat, completion_logits, distill_loss, sdft_step
+from gpt2 import fast
 from sdft import clip_and_step, sdft_loss, sft_loss, student_context, teacher_context
 from train_toy import write_whole
 
@@ -51,6 +52,7 @@ MAX_NEW_TOKENS, MAX_NEW_TRAINED = 32, 20  # of an answer, and of a rollout in tr
 N_OWN = 8  # of the base's responses to a question
 MATCHED = 0.9  # of the facts: there "prior at .90" is measured
 THEN_STEPS = 64  # updates on the second task
+QUICK = ("base", "sft", "sdft")  # with --quick, on four facts, at a high rate
 SFT = dict(method="expert", lr=5e-5, steps=64)
 OWN = dict(method="own", lr=1e-4, steps=64)
 SDFT = dict(method="sdft", lr=5e-5, steps=112)
@@ -99,6 +101,7 @@ def load(name):
         where = name or package.submodule_search_locations[0]
         # The package's 4-bit weights are unpacked.
         gguf = {} if name else {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        fast.keep_freed_memory()
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
         model = AutoModelForCausalLM.from_pretrained(where, **gguf, dtype=torch.float32)
     except OSError as e:
@@ -267,13 +270,11 @@ def learn(
     temperature=0.5,
     fixed=True,
     n_other=2,
-    others=None,
     batch_size=8,
 ):
     """A generator of the losses, one per update of the student; with alpha of the teacher too.
 
-    The teacher begins as the student does. `n_other` rows of a batch are other prompts, the first
-    `others` of the file, or all.
+    The teacher begins as the student does. `n_other` rows of a batch are other prompts.
     """
     eos = tokenizer.eos_token_id
     student.get_input_embeddings().requires_grad_(not fixed)
@@ -287,16 +288,16 @@ def learn(
         given = [[tokenizer(t, add_special_tokens=False).input_ids + [eos]] for t in texts]
     elif method != "sdft":
         given = own_responses(teacher, hints, eos, temperature)
-    if method == "sdft" and not alpha:
-        teacher = ReadOnce(teacher)
     order = batches(len(rows), batch_size - n_other, steps)
     if n_other:  # both roles read the same
-        other = [chat(tokenizer, r["prompt"]) for r in load_rows("real_other")[:others]]
+        other = [chat(tokenizer, r["prompt"]) for r in load_rows("real_other")]
         prompts, hints = prompts + other, hints + other
         if method != "sdft":
             given = given + own_responses(teacher, other, eos, temperature)
         rest = batches(len(other), n_other, steps)
         order = (task + [len(rows) + i for i in more] for task, more in zip(order, rest))
+    if not alpha:
+        teacher = ReadOnce(teacher)
     for step, batch in enumerate(order):
         # Warmup, a constant rate, and a linear decay over the last quarter.
         scale = min(1, (step + 1) / 10, 4 * (steps - step) / steps)
@@ -341,6 +342,19 @@ def is_same(response, wanted):
     return response.strip() == wanted
 
 
+def sampled(model, tokenizer, asked, temperature):
+    """The share of sampled responses that are right: what a rollout, or a teacher, begins from."""
+    torch.manual_seed(0)
+    prompts = [chat(tokenizer, *turns) for _, turns, _ in asked]
+    responses = own_responses(model, prompts, tokenizer.eos_token_id, temperature)
+    right = [
+        is_correct(tokenizer.decode(response), wanted)
+        for row, (_, _, wanted) in zip(responses, asked)
+        for response in row
+    ]
+    return float(np.mean(right))
+
+
 def share(rows, key="right"):
     return float(np.mean([row[key] for row in rows]))
 
@@ -382,20 +396,23 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
     instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
     facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
     if options.quick:
-        facts, prior = facts[:8], prior[:16]
-    if options.quick:
-        then = None  # It costs as much again.
+        facts, prior, then = facts[:4], prior[:12], None
     if then:
         tools = load_rows(f"{then}_test")
     asked, student, matched = questions(facts, prior, tools, reads), base, {}
+    if options.quick:
+        asked = {name: asked[name] for name in AXES}
     if method:
         student, settings = copy.deepcopy(base), dict(settings, method=method)
         if options.quick:
-            settings |= dict(steps=8, others=8)
+            settings |= dict(lr=2e-4, steps=12, n_other=0)
         models = student, base, tokenizer
         matched = train_with_looks(*models, facts, asked, seed, arm, settings)
     metrics, responses = scores(student, tokenizer, asked)
     metrics |= matched
+    if not method:
+        for t in (0.5, 1.0):
+            metrics[f"sampled at {t:g}"] = sampled(student, tokenizer, asked["new"], t)
     for name in ("new", "prior"):
         metrics[f"KL {name}"] = kl_to_base(base, student, tokenizer, asked[name])
     texts = [row["text"] for row in load_rows("prior") if "text" in row]
@@ -432,10 +449,13 @@ def scores(student, tokenizer, asked):
 def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, settings):
     """Train the student in place, with a look at it before and after, for the page.
 
-    {"prior at .90": the prior accuracy as soon as it has 9 of 10 facts}, empty if it never has.
+    {"prior at .90": the prior accuracy as soon as it has 9 of 10 facts}, if it ever has them, and
+    of a teacher that learns {"teacher at 8": the share that it knows with its text}.
     """
     teacher = copy.deepcopy(base) if settings.get("alpha") else base
-    rows = rows_to_watch(tokenizer, facts, asked["prior"], settings.get("teacher_reads", "article"))
+    reads = settings.get("teacher_reads", "article")
+    hinted = questions(facts, [], reads=reads)["new"]
+    rows = rows_to_watch(tokenizer, facts, asked["prior"], reads)
     record = recorder((student, teacher, base), tokenizer, rows, arm, seed, settings)
 
     def look(step, loss=None):
@@ -443,17 +463,20 @@ def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, settings
         record(step, {"loss": loss, "new": new, "prior": prior})
 
     look(0)
-    matched, steps, start = {}, settings["steps"], time.perf_counter()
+    matched, along = {}, {}
+    steps, start = settings["steps"], time.perf_counter()
     for step, loss in enumerate(learn(student, teacher, tokenizer, facts, seed, **settings), 1):
         if step % 8 == 0 or step == steps:
             left = (time.perf_counter() - start) / step * (steps - step)
             progress = f"{step:4}/{steps}  loss {loss:6.3f}  {left:4.0f} s left"
             print(f"  {arm}, seed {seed}  {progress}", flush=True)
+            if settings.get("alpha"):
+                along[f"teacher at {step}"] = share(answers(teacher, tokenizer, hinted))
             if not matched and share(answers(student, tokenizer, asked["new"])) >= MATCHED:
                 prior = share(answers(student, tokenizer, asked["prior"]))
                 matched = {"prior at .90": prior, "updates to .90": step}
     look(steps, loss)
-    return matched
+    return matched | along
 
 
 # --- Looks, for the page --------------------------------------------------------------------------

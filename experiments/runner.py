@@ -10,6 +10,7 @@ An experiment is a module of this package with
     arguments optional: arguments(parser) adds flags, which measure finds in `common.options`
     inputs    optional: inputs(args) -> what its results follow from, beside code and settings
     ONCE      optional: labels of arms that cost much: last, on seed 0 only, not with --quick
+    QUICK     optional: labels of the arms that --quick runs
 """
 
 import argparse
@@ -103,6 +104,8 @@ def run(name, module, args):
     code = fingerprint(module, args.quick, inputs)
     once = getattr(module, "ONCE", ())
     arms = [arm for arm in module.ARMS if not (args.quick and arm in once)]
+    if args.quick:
+        arms = getattr(module, "QUICK", arms)
     seeds_of = {arm: seeds[:1] if arm in once else seeds for arm in arms}
     finished = {(r["arm"], r["seed"]): r for r in read(log) if r["code"] == code.get(r["arm"])}
     todo = [(seed, arm) for seed in seeds for arm in arms if seed in seeds_of[arm]]

@@ -206,6 +206,13 @@ def test_costly_arms_run_once_and_last(quick, tmp_path, without_arms, monkeypatc
     assert without_arms == [(0, "base"), (1, "base")] + [(0, "teacher")] * (not quick)
 
 
+def test_quick_runs_the_arms_named_for_it(quick, tmp_path, without_arms, monkeypatch):
+    """QUICK, where all arms would take too long to see that it runs."""
+    monkeypatch.setattr(teacher, "QUICK", ["base"], raising=False)
+    runner.main("teacher", flags(tmp_path))
+    assert without_arms == [(0, "base")]
+
+
 @pytest.mark.parametrize(
     "module, part",
     [(teacher, runner.train_toy), (teacher, runner.toy), (teacher, runner.sdft)]

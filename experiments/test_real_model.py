@@ -62,12 +62,11 @@ def test_what_is_reported_is_in_no_other_set():
 
 
 def test_the_settings_are_those_that_the_grid_chose():
-    """The rates of the report against the committed results of real_grid.py; SDFT's is halved."""
+    """The rates of the report against the committed results of real_grid.py."""
     path = Path(real_grid.__file__).parent / "results" / "real_grid.json"
     best = chosen(json.loads(path.read_text())["rows"], *real_grid.CHOSEN_BY)
     for family, settings in real_grid.FAMILIES.items():
-        rate = settings["lr"] * (2 if family == "sdft" else 1)
-        assert best[family] == f"{family} at {rate:g}"
+        assert best[family] == f"{family} at {settings['lr']:g}"
 
 
 @pytest.mark.parametrize(
@@ -432,6 +431,7 @@ def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypa
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*row["metrics"]}
         arm = arms[row["arm"]]
         assert {m in row["metrics"] for m in real_model.TURNS} == {"then" in arm}
+        assert ("teacher at 2" in row["metrics"]) == ("alpha" in arm)
         written = json.loads(
             (tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text()
         )
@@ -460,6 +460,20 @@ def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypa
     drawn = (tmp_path / f"{name}.png").exists()
     assert drawn == (module is real_model and importlib.util.find_spec("matplotlib") is not None)
     assert "s left" in capsys.readouterr().out
+
+
+def test_quick_is_a_few_arms_and_questions(folder, tmp_path, monkeypatch):
+    """Four facts, and of the sets the two of the figure."""
+    monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
+    monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: 0.0)
+    flags = ["--quick", "--out_dir", str(tmp_path), "--model", str(folder), "--dtype", "float32"]
+    runner.main("real_model", flags)
+    rows = json.loads((tmp_path / "real_model.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == [*real_model.QUICK]
+    for row in rows:
+        assert set(row["metrics"]) & {*real_model.COLUMNS[:6]} == {*real_model.AXES}
+        name = tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json"
+        assert len(json.loads(name.read_text())["new"]) == 4
 
 
 def test_the_grid_runs(folder, tmp_path, monkeypatch):
