@@ -410,7 +410,7 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
         matched = train_with_looks(*models, facts, asked, seed, arm, settings)
     metrics, responses = scores(student, tokenizer, asked)
     metrics |= matched
-    if not method:
+    if not method and not options.quick:
         for t in (0.5, 1.0):
             metrics[f"sampled at {t:g}"] = sampled(student, tokenizer, asked["new"], t)
     for name in ("new", "prior"):

@@ -67,6 +67,8 @@ def test_the_settings_are_those_that_the_grid_chose():
     best = chosen(json.loads(path.read_text())["rows"], *real_grid.CHOSEN_BY)
     for family, settings in real_grid.FAMILIES.items():
         assert best[family] == f"{family} at {settings['lr']:g}"
+    weight = real_controls.SFT_KL["weight"]
+    assert best["sft + KL"] == f"sft + KL at weight {weight:g}"
 
 
 @pytest.mark.parametrize(
