@@ -1,6 +1,6 @@
 """More controls of real_model.py: what does each of its choices bring?
 
-    python -m experiments.real_controls --seeds 3  # three runs of the first four, one of the others
+    python -m experiments.real_controls --seeds 3  # three runs of the first six, one of the others
 
 "facts alone" are without the other prompts in every batch. "offline" takes SDFT's loss on the
 responses that "sft on own" imitates, "sft + KL" adds the KL to the base to SFT's loss. The EMA
@@ -14,21 +14,17 @@ from experiments.real_model import OWN, SDFT, SFT
 arguments, inputs, measure = real_model.arguments, real_model.inputs, real_model.measure
 COLUMNS, WORLDS = real_model.COLUMNS, real_model.WORLDS
 ALONE, EMA = dict(n_other=0), SDFT | dict(alpha=0.02)
-OFFLINE, SFT_KL = OWN | dict(method="offline"), SFT | dict(weight=0.1)
+OFFLINE, SFT_KL = OWN | dict(method="offline", lr=5e-5), SFT | dict(weight=0.1)
 ARMS = {
     "sdft, facts alone": SDFT | ALONE,
     "sft on own, facts alone": OWN | ALONE,
     "sft, facts alone": SFT | ALONE,
     "sdft, EMA teacher": EMA,
+    "sft + KL": SFT_KL,
+    "offline": OFFLINE,
 }
 ONCE = {
-    "sdft, EMA teacher, facts alone": EMA | ALONE,
     "sdft, reverse KL": SDFT | dict(divergence="reverse"),
-    "sdft, temperature 1": SDFT | dict(temperature=1.0),
-    "sdft, both": SDFT | dict(teacher_reads="both"),
-    "sdft, demonstration": SDFT | dict(teacher_reads="demonstration"),
-    "offline": OFFLINE,
-    "sft + KL": SFT_KL,
     "sft, half the rate": SFT | dict(lr=2.5e-5),
     "oracle, both": dict(reads="both"),
     "oracle, the paper's template": dict(reads="paper"),

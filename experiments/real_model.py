@@ -268,7 +268,6 @@ def learn(
     divergence="forward",
     alpha=0.0,
     temperature=0.5,
-    fixed=True,
     n_other=2,
     batch_size=8,
 ):
@@ -277,7 +276,7 @@ def learn(
     The teacher begins as the student does. `n_other` rows of a batch are other prompts.
     """
     eos = tokenizer.eos_token_id
-    student.get_input_embeddings().requires_grad_(not fixed)
+    student.get_input_embeddings().requires_grad_(False)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
     torch.manual_seed(seed)

@@ -362,7 +362,7 @@ def test_sft_learns_answers_by_heart(tiny):
     """The expert's answer word for word, with its end."""
     student, tokenizer = tiny
     facts = real_model.load_rows("real_facts")[:2]
-    how = dict(method="expert", lr=1e-2, steps=60, batch_size=2, n_other=0, fixed=False)
+    how = dict(method="expert", lr=1e-2, steps=60, batch_size=2, n_other=0)
     losses = [*real_model.learn(student, None, tokenizer, facts, 0, **how)]
     asked = real_model.questions(facts, [])["new"]
     rows = real_model.answers(student, tokenizer, asked)
