@@ -25,7 +25,7 @@ ARMS = {
 }
 ONCE = {
     "sdft, reverse KL": SDFT | dict(divergence="reverse"),
-    "sft, half the rate": SFT | dict(lr=2.5e-5),
+    "sdft, demonstration": SDFT | dict(teacher_reads="demonstration"),
     "oracle, both": dict(reads="both"),
     "oracle, the paper's template": dict(reads="paper"),
 }

@@ -3,9 +3,8 @@
     python -m experiments.real_grid --seeds 1
 
 24 other facts, 46 other prior questions, one seed; two rates for every method, of which the first
-is reported, and three weights for "sft + KL". Chosen as on the toy (settings.py): of those with the
-most new facts, the one with the highest prior accuracy. The paper chooses among three rates by
-validation accuracy on the new task.
+is reported, and three weights for "sft + KL". Chosen is the highest prior accuracy of those with
+nine tenths of the new facts. The paper chooses among three rates by accuracy on the new task alone.
 """
 
 import copy
@@ -17,8 +16,8 @@ from experiments.real_model import OWN, SDFT, SFT, answers, learn, load, load_ro
 
 arguments, inputs = real_model.arguments, real_model.inputs
 FAMILIES = {"sdft": SDFT, "sft on own": OWN, "sft": SFT, "offline": OFFLINE}
-RATES = {"sft": (5e-5, 2.5e-5), "sft on own": (1e-4, 5e-5)}
-RATES |= dict.fromkeys(("sdft", "offline"), (5e-5, 1e-4))
+RATES = {"sdft": (5e-5, 1e-4), "sft on own": (1e-4, 5e-5), "sft": (5e-5, 2.5e-5)}
+RATES["offline"] = RATES["sdft"]
 ARMS = {
     f"{name} at {lr:g}": dict(settings=settings | dict(lr=lr))
     for name, settings in FAMILIES.items()
@@ -28,7 +27,6 @@ WEIGHTS = (0.1, 0.3, 1.0)
 ARMS |= {f"sft + KL at weight {w:g}": dict(settings=SFT | dict(weight=w)) for w in WEIGHTS}
 COLUMNS = ["new", "prior"]
 WORLDS = []
-CHOSEN_BY = ("new", "prior")  # as `settings.chosen` takes them
 
 
 def measure(seed, settings):
@@ -41,6 +39,16 @@ def measure(seed, settings):
         pass
     asked = questions(facts, prior)
     return {name: share(answers(student, tokenizer, asked[name])) for name in COLUMNS}
+
+
+def chosen(rows):
+    """The chosen arm of every method, {"sft": "sft at 5e-05"}; of equals the first."""
+    best = {}
+    for row in rows:
+        family, [new], [prior] = row["arm"].split(" at ")[0], *map(row["metrics"].get, COLUMNS)
+        if new >= real_model.MATCHED and prior > best.get(family, ("", 0))[1]:
+            best[family] = row["arm"], prior
+    return {family: arm for family, (arm, _) in best.items()}
 
 
 if __name__ == "__main__":

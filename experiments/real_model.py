@@ -396,6 +396,7 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
     facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
     if options.quick:
         facts, prior, then = facts[:4], prior[:12], None
+        settings |= dict(lr=2e-4, steps=12, n_other=0)
     if then:
         tools = load_rows(f"{then}_test")
     asked, student, matched = questions(facts, prior, tools, reads), base, {}
@@ -403,8 +404,6 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
         asked = {name: asked[name] for name in AXES}
     if method:
         student, settings = copy.deepcopy(base), dict(settings, method=method)
-        if options.quick:
-            settings |= dict(lr=2e-4, steps=12, n_other=0)
         models = student, base, tokenizer
         matched = train_with_looks(*models, facts, asked, seed, arm, settings)
     metrics, responses = scores(student, tokenizer, asked)

@@ -14,7 +14,6 @@ import torch
 
 from data import samples
 from experiments import common, hf_loop, instructions, real_controls, real_grid, real_model, runner
-from experiments.settings import chosen
 from sdft import sdft_loss
 
 TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
@@ -64,7 +63,7 @@ def test_what_is_reported_is_in_no_other_set():
 def test_the_settings_are_those_that_the_grid_chose():
     """The rates of the report against the committed results of real_grid.py."""
     path = Path(real_grid.__file__).parent / "results" / "real_grid.json"
-    best = chosen(json.loads(path.read_text())["rows"], *real_grid.CHOSEN_BY)
+    best = real_grid.chosen(json.loads(path.read_text())["rows"])
     for family, settings in real_grid.FAMILIES.items():
         assert best[family] == f"{family} at {settings['lr']:g}"
     weight = real_controls.SFT_KL["weight"]
