@@ -43,7 +43,6 @@ from data.scoring import contains
 from experiments import hf_loop, instructions, runner
 from experiments.common import options
 from experiments.hf_loop import batches, chat, completion_logits, distill_loss, sdft_step
-from gpt2 import fast
 from sdft import clip_and_step, sdft_loss, sft_loss, student_context, teacher_context
 from train_toy import write_whole
 
@@ -101,7 +100,6 @@ def load(name):
         where = name or package.submodule_search_locations[0]
         # The package's 4-bit weights are unpacked.
         gguf = {} if name else {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-        fast.keep_freed_memory()
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
         model = AutoModelForCausalLM.from_pretrained(where, **gguf, dtype=torch.float32)
     except OSError as e:
