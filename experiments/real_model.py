@@ -459,20 +459,21 @@ def train_with_looks(student, base, tokenizer, facts, asked, seed, arm, settings
         record(step, {"loss": loss, "new": new, "prior": prior})
 
     look(0)
-    matched, along = {}, {}
-    steps, start = settings["steps"], time.perf_counter()
+    found, steps, start = {}, settings["steps"], time.perf_counter()
     for step, loss in enumerate(learn(student, teacher, tokenizer, facts, seed, **settings), 1):
         if step % 8 == 0 or step == steps:
             left = (time.perf_counter() - start) / step * (steps - step)
             progress = f"{step:4}/{steps}  loss {loss:6.3f}  {left:4.0f} s left"
             print(f"  {arm}, seed {seed}  {progress}", flush=True)
             if settings.get("alpha"):
-                along[f"teacher at {step}"] = share(answers(teacher, tokenizer, hinted))
-            if not matched and share(answers(student, tokenizer, asked["new"])) >= MATCHED:
+                found[f"teacher at {step}"] = share(answers(teacher, tokenizer, hinted))
+            if "updates to .90" in found:
+                continue
+            if share(answers(student, tokenizer, asked["new"])) >= MATCHED:
                 prior = share(answers(student, tokenizer, asked["prior"]))
-                matched = {"prior at .90": prior, "updates to .90": step}
+                found |= {"prior at .90": prior, "updates to .90": step}
     look(steps, loss)
-    return matched | along
+    return found
 
 
 # --- Looks, for the page --------------------------------------------------------------------------
