@@ -1,34 +1,44 @@
 """More controls of real_model.py: what does each of its choices bring?
 
-    python -m experiments.real_controls --seeds 3  # three runs of the first six, one of the others
+    python -m experiments.real_controls --seeds 3  # three runs of every arm, one of the last two
 
-"facts alone" are without the other prompts in every batch. "offline" takes SDFT's loss on the
-responses that "sft on own" imitates, "sft + KL" adds the KL to the base to SFT's loss. The EMA
-teacher is the paper's; what it knows with the article is measured every 8 updates. The rates of
-"offline" and "sft + KL" are from real_grid.py, the others are those of real_model.py.
+Every arm is real_model.py's "sdft", "sft on own" or "sft" with one thing changed. "facts alone" are
+without the other prompts in every batch. "offline" takes SDFT's loss on the responses that "sft on
+own" imitates, "sft + KL" adds the KL to the base to SFT's loss. Rates are from real_grid.py where
+the change is in the loss or the teacher, else those of real_model.py. "paraphrased" trains on the
+first paraphrase too, so that its "paraphrase" is the second alone.
 """
 
 from experiments import real_model, runner
 from experiments.real_model import OWN, SDFT, SFT
 
 arguments, inputs, measure = real_model.arguments, real_model.inputs, real_model.measure
-COLUMNS, WORLDS = real_model.COLUMNS, real_model.WORLDS
-ALONE, EMA = dict(n_other=0), SDFT | dict(alpha=0.02)
-OFFLINE, SFT_KL = OWN | dict(method="offline", lr=5e-5), SFT | dict(weight=0.1)
+COLUMNS, TURNS, WORLDS = real_model.COLUMNS, real_model.TURNS, real_model.WORLDS
+FROZEN = SDFT | dict(alpha=0.0)
+OFFLINE = OWN | dict(method="offline", lr=5e-5)
+REVERSE = SDFT | dict(divergence="reverse")
+DEMONSTRATION, BOTH = SDFT | dict(teacher_reads="demonstration"), SDFT | dict(teacher_reads="both")
+SFT_KL = SFT | dict(weight=0.1)
+ALONE, THEN = dict(n_other=0), dict(then="real_tools")
 ARMS = {
-    "sdft, facts alone": SDFT | ALONE,
-    "sft on own, facts alone": OWN | ALONE,
-    "sft, facts alone": SFT | ALONE,
-    "sdft, EMA teacher": EMA,
+    "sdft, frozen teacher": FROZEN | THEN,
+    "offline": OFFLINE | THEN,
+    "offline, EMA teacher": OFFLINE | dict(alpha=SDFT["alpha"]),
     "sft + KL": SFT_KL,
-    "offline": OFFLINE,
+    "sft, facts alone": SFT | ALONE,
+    "sft on own, facts alone": OWN | ALONE,
+    "sdft, facts alone": SDFT | ALONE,
+    "sdft, reverse KL": REVERSE,
+    "sdft, demonstration": DEMONSTRATION,
+    "sdft, both": BOTH,
+    "sdft, temperature 1": SDFT | dict(temperature=1.0),
+    "sdft, 3 tokens skipped": SDFT | dict(skip_tokens=3),
+    "sdft, twice the updates": SDFT | dict(steps=2 * SDFT["steps"]),
+    "sdft, batches of 16": SDFT | dict(batch_size=16, n_other=4),
+    "sdft, embeddings trained": SDFT | dict(embeddings=True),
+    "sdft, paraphrased": SDFT | dict(paraphrased=True),
 }
-ONCE = {
-    "sdft, reverse KL": SDFT | dict(divergence="reverse"),
-    "sdft, demonstration": SDFT | dict(teacher_reads="demonstration"),
-    "oracle, both": dict(reads="both"),
-    "oracle, the paper's template": dict(reads="paper"),
-}
+ONCE = {"oracle, both": dict(reads="both"), "oracle, the paper's template": dict(reads="paper")}
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in (ARMS | ONCE).items()}
 
 if __name__ == "__main__":

