@@ -275,6 +275,7 @@ def learn(
     n_other=2,
     batch_size=8,
     embeddings=False,
+    paraphrased=False,
 ):
     """A generator of the losses, one per update of the student; with alpha of the teacher too.
 
@@ -285,6 +286,8 @@ def learn(
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
     torch.manual_seed(seed)
+    if paraphrased:
+        rows = rows + [row | {"prompt": row["paraphrases"][0]} for row in rows]
     prompts = [chat(tokenizer, *read_question(r["prompt"], r)) for r in rows]
     hints = [chat(tokenizer, *READS[teacher_reads](r["prompt"], r)) for r in rows]
     if method == "expert":
@@ -400,7 +403,7 @@ def follow_instructions(model, tokenizer):
     )
 
 
-def measure(seed, arm, reads="question", method=None, then=None, paraphrased=False, **settings):
+def measure(seed, arm, reads="question", method=None, then=None, **settings):
     base, tokenizer = load(options.model)
     instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
     facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
@@ -410,9 +413,8 @@ def measure(seed, arm, reads="question", method=None, then=None, paraphrased=Fal
     if then:
         tools = load_rows(f"{then}_test")
     asked, student, matched = questions(facts, prior, tools, reads), base, {}
-    if paraphrased:  # the first paraphrase is trained on too, and no longer asked
+    if settings.get("paraphrased"):  # the first of two is trained on
         asked["paraphrase"] = asked["paraphrase"][1::2]
-        facts = facts + [fact | {"prompt": fact["paraphrases"][0]} for fact in facts]
     if options.quick:
         asked = {name: asked[name] for name in AXES}
     if method:
