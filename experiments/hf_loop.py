@@ -44,10 +44,11 @@ def respond(model, prompts, max_new_tokens, eos_id, temperature=1.0, dtype=torch
     """The model's responses: completions (B, C) and mask (B, C), as from `sdft.rollout`."""
     tokens, attention = padded(prompts, model.device)
     how = dict(attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0)
+    how |= dict(eos_token_id=eos_id, pad_token_id=eos_id, repetition_penalty=1.0)
     if temperature > 0:  # By default `generate` samples from the 50 likeliest tokens only.
         how |= dict(temperature=temperature, top_k=0, top_p=1.0)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-        tokens = model.generate(tokens, eos_token_id=eos_id, pad_token_id=eos_id, **how)
+        tokens = model.generate(tokens, **how)
     completions = tokens[:, attention.size(1) :]  # (B, C)
     is_end = (completions == eos_id).long()
     return completions, is_end.cumsum(1) - is_end == 0  # up to and including the first end token
@@ -82,12 +83,12 @@ def sdft_step(
     eos_id,
     max_new_tokens=32,
     divergence="forward",
-    alpha=0.0,
+    alpha=0.02,
     temperature=1.0,
     skip_tokens=0,
     dtype=torch.float32,
 ):
-    """`sdft.train_step`: Algorithm 1 on one minibatch. The loss."""
+    """`sdft.train_step`: Algorithm 1 on one minibatch, by default with the paper's forward KL."""
     y, mask = respond(student, prompts, max_new_tokens, eos_id, temperature, dtype)  # (B, C)
     mask[:, :skip_tokens] = False
     loss, _ = distill_loss(student, teacher, prompts, teacher_prompts, y, mask, divergence, dtype)

@@ -1,12 +1,12 @@
 """More controls of real_model.py: what does each of its choices bring?
 
-    python -m experiments.real_controls --seeds 3  # three runs of every arm, one of the last two
+    python -m experiments.real_controls --seeds 3  # three runs of most arms, one of the last seven
 
-Every arm is real_model.py's "sdft", "sft on own" or "sft" with one thing changed. "facts alone" are
-without the other prompts in every batch. "offline" takes SDFT's loss on the responses that "sft on
-own" imitates, "sft + KL" adds the KL to the base to SFT's loss. Rates are from real_grid.py where
-the change is in the loss or the teacher, else those of real_model.py. "paraphrased" trains on the
-first paraphrase too, so that its "paraphrase" is the second alone.
+An arm is real_model.py's "sdft", "sft on own" or "sft" with what its name says changed. The rate
+changes too where real_grid.py has one for it. "facts alone" are without the other prompts in every
+batch. "offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own"
+imitates; "sft + KL" adds the KL to the base to SFT's loss. "paraphrased" trains on the first
+paraphrase too, so that its "paraphrase" is the second alone.
 """
 
 from experiments import real_model, runner
@@ -14,13 +14,17 @@ from experiments.real_model import OWN, SDFT, SFT
 
 arguments, inputs, measure = real_model.arguments, real_model.inputs, real_model.measure
 COLUMNS, TURNS, WORLDS = real_model.COLUMNS, real_model.TURNS, real_model.WORLDS
-FROZEN = SDFT | dict(alpha=0.0)
-OFFLINE = OWN | dict(method="offline", lr=5e-5)
-REVERSE = SDFT | dict(divergence="reverse")
-DEMONSTRATION, BOTH = SDFT | dict(teacher_reads="demonstration"), SDFT | dict(teacher_reads="both")
+FROZEN, OFFLINE = SDFT | dict(alpha=0.0, lr=1e-4), OWN | dict(method="offline")
+REVERSE = SDFT | dict(divergence="reverse", lr=1e-4)
+DEMONSTRATION = SDFT | dict(teacher_reads="demonstration", lr=1e-4)
+BOTH = SDFT | dict(teacher_reads="both")
 SFT_KL = SFT | dict(weight=0.1)
 ALONE, THEN = dict(n_other=0), dict(then="real_tools")
 ARMS = {
+    "sft at 5e-05": SFT | dict(lr=5e-5) | THEN,
+    "sft on own at 0.0001": OWN | dict(lr=1e-4) | THEN,
+    "sdft at 5e-05": SDFT | dict(lr=5e-5) | THEN,
+    "sdft, frozen teacher at 5e-05": FROZEN | dict(lr=5e-5) | THEN,
     "sdft, frozen teacher": FROZEN | THEN,
     "offline": OFFLINE | THEN,
     "offline, EMA teacher": OFFLINE | dict(alpha=SDFT["alpha"]),
@@ -32,13 +36,16 @@ ARMS = {
     "sdft, demonstration": DEMONSTRATION,
     "sdft, both": BOTH,
     "sdft, temperature 1": SDFT | dict(temperature=1.0),
-    "sdft, 3 tokens skipped": SDFT | dict(skip_tokens=3),
-    "sdft, twice the updates": SDFT | dict(steps=2 * SDFT["steps"]),
-    "sdft, batches of 16": SDFT | dict(batch_size=16, n_other=4),
-    "sdft, embeddings trained": SDFT | dict(embeddings=True),
-    "sdft, paraphrased": SDFT | dict(paraphrased=True),
 }
-ONCE = {"oracle, both": dict(reads="both"), "oracle, the paper's template": dict(reads="paper")}
+ONCE = {
+    "sdft, paraphrased": SDFT | dict(paraphrased=True),
+    "sdft, batches of 16": SDFT | dict(batch_size=16, n_other=4),
+    "sdft, twice the updates": SDFT | dict(steps=2 * SDFT["steps"]),
+    "sdft, 3 tokens skipped": SDFT | dict(skip_tokens=3),
+    "sdft, embeddings trained": SDFT | dict(embeddings=True),
+    "oracle, both": dict(reads="both"),
+    "oracle, the paper's template": dict(reads="paper"),
+}
 ARMS = {arm: dict(arm=arm) | settings for arm, settings in (ARMS | ONCE).items()}
 
 if __name__ == "__main__":

