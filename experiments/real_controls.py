@@ -1,6 +1,6 @@
 """More controls of real_model.py: what does each of its choices bring?
 
-    python -m experiments.real_controls --seeds 3  # three runs of most arms, one of the last seven
+    python -m experiments.real_controls --seeds 3  # three runs of most arms, one of the last six
 
 An arm is real_model.py's "sdft", "sft on own" or "sft" with what its name says changed. The rate
 changes too where real_grid.py has one for it. "facts alone" are without the other prompts in every
@@ -42,7 +42,6 @@ ONCE = {
     "sdft, batches of 16": SDFT | dict(batch_size=16, n_other=4),
     "sdft, twice the updates": SDFT | dict(steps=2 * SDFT["steps"]),
     "sdft, 3 tokens skipped": SDFT | dict(skip_tokens=3),
-    "sdft, embeddings trained": SDFT | dict(embeddings=True),
     "oracle, both": dict(reads="both"),
     "oracle, the paper's template": dict(reads="paper"),
 }

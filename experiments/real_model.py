@@ -278,7 +278,6 @@ def learn(
     skip_tokens=0,
     n_other=2,
     batch_size=8,
-    embeddings=False,
     paraphrased=False,
 ):
     """Yields the loss of every update of the student.
@@ -293,7 +292,7 @@ def learn(
     paraphrased  adds the first paraphrase of every question
     """
     eos = tokenizer.eos_token_id
-    student.get_input_embeddings().requires_grad_(embeddings)
+    student.get_input_embeddings().requires_grad_(False)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
     torch.manual_seed(seed)

@@ -384,19 +384,6 @@ def test_the_first_paraphrase_is_trained_on_if_asked_for(tiny, monkeypatch):
     assert sorted(seen) == sorted(zip(reads("question"), reads("article")))
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
-def test_the_embeddings_are_trained_if_asked_for(tiny, embeddings):
-    """Else they stay; everything else moves."""
-    student, tokenizer = tiny
-    before = copy.deepcopy(student.state_dict())
-    facts = real_model.load_rows("real_facts")[:2]
-    how = dict(method="expert", lr=1e-2, steps=1, n_other=0, embeddings=embeddings)
-    [*real_model.learn(student, None, tokenizer, facts, 0, **how)]
-    for name, p in student.named_parameters():
-        stays = name == "model.embed_tokens.weight" and not embeddings
-        assert torch.equal(p, before[name]) == stays
-
-
 @pytest.mark.parametrize("method", ["offline", "sdft"])
 def test_the_teacher_is_an_average_of_its_student(tiny, monkeypatch, method):
     """After an update on rollouts, or on given responses, it has moved by alpha towards it."""
