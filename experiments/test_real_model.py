@@ -374,14 +374,13 @@ def test_the_first_paraphrase_is_trained_on_if_asked_for(tiny, monkeypatch):
     """Both roles get it as their question, and never the second, which is kept for asking."""
     model, tokenizer = tiny
     fact, seen = real_model.load_rows("real_facts")[0], []
-    monkeypatch.setattr(
-        real_model, "sdft_step", lambda *a, **kw: seen.append((a[3][0], a[4][0])) or 0.0
-    )
+    step = lambda *a, **kw: seen.append((a[3][0], a[4][0])) or 0.0
+    monkeypatch.setattr(real_model, "sdft_step", step)
     how = dict(method="sdft", lr=1e-3, steps=2, n_other=0, batch_size=1, paraphrased=True)
     [*real_model.learn(model, model, tokenizer, [fact], 0, **how)]
     asked = [fact["prompt"], fact["paraphrases"][0]]
-    reads = lambda form: [chats(tokenizer, real_model.READS[form](q, fact)) for q in asked]
-    assert sorted(seen) == sorted(zip(reads("question"), reads("article")))
+    read = lambda form, question: hf_loop.chat(tokenizer, *real_model.READS[form](question, fact))
+    assert sorted(seen) == sorted((read("question", q), read("article", q)) for q in asked)
 
 
 @pytest.mark.parametrize("method", ["offline", "sdft"])
