@@ -69,7 +69,7 @@ COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90",
 COLUMNS += ["words", "ended", "KL new", "KL prior"]
 TURNS = ["then tools", "then new", "then prior", "then instructions"]
 WORLDS = []
-AXES = ("new", "prior")  # of the figure
+AXES = ("new", "prior")  # what the figure shows, and --quick asks
 
 
 def arguments(p):
@@ -570,17 +570,19 @@ def tools(tokenizer, temperature):
 
 
 def figure(rows, plt):
-    """New against prior at the end: a point for the base and every trained arm."""
-    drawn, panel = plt.subplots(figsize=(6, 4.2))
-    for row in rows:
-        if row["arm"] != "oracle":
-            means, sds = runner.mean_and_sd([row["metrics"][m] for m in AXES])
-            marker = "*" if row["arm"] == "base" else "o"
-            x, y = zip(means, sds)
-            panel.errorbar(x[0], y[0], y[1], x[1], marker, label=row["arm"], capsize=3)
-    panel.set(xlabel="new facts", ylabel="prior questions")
-    panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    runner.grid_and_legend(panel)
+    """New facts and prior questions after every stage: a line for every trained arm."""
+    drawn, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    metrics = {row["arm"]: row["metrics"] for row in rows if row["arm"] != "oracle"}
+    base = metrics.pop("base")
+    for panel, name, title in zip(panels, AXES, ("new facts", "prior questions")):
+        for arm, found in metrics.items():
+            stages = [base[name], found[name], found.get(f"then {name}")]
+            means, sds = runner.mean_and_sd([values for values in stages if values])
+            panel.errorbar(range(len(means)), means, sds, marker="o", label=arm, capsize=3)
+        panel.set(title=title, ylim=(-0.03, 1.03))
+        panel.set_xticks(range(3), ("base", "facts", "calls"))
+        panel.grid(alpha=0.3)
+    panel.legend(loc="lower left", fontsize=8)
     return drawn
 
 
