@@ -53,7 +53,10 @@ def errors_as_sentences():
         yield
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on after the last finished arm")
-    except (torch.OutOfMemoryError, BrokenProcessPool):  # the latter if the system ended a process
+    except (
+        torch.cuda.OutOfMemoryError,
+        BrokenProcessPool,
+    ):  # the latter if the system ended a process
         sys.exit("error: the memory is full; the same command goes on with fewer --jobs")
     except (OSError, ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")

@@ -286,7 +286,7 @@ def test_an_interruption_leaves_no_process_behind(number, folder, monkeypatch):
         assert not process.is_alive()
 
 
-@pytest.mark.parametrize("cause", [torch.OutOfMemoryError, runner.BrokenProcessPool])
+@pytest.mark.parametrize("cause", [torch.cuda.OutOfMemoryError, runner.BrokenProcessPool])
 def test_a_full_memory_is_told(cause):
     """A GPU's, or the machine's, which ends the process."""
     with pytest.raises(SystemExit, match="memory is full.*fewer --jobs"):
