@@ -4,9 +4,9 @@
 
 An arm is real_model.py's "sdft", "sft on own" or "sft" with what its name says changed. The rate
 changes too where real_grid.py has one for it. "facts alone" are without the other prompts in every
-batch. "offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own"
-imitates; "sft + KL" adds the KL to the base to SFT's loss. "paraphrased" trains on the first
-paraphrase too, so that its "paraphrase" is the second alone.
+batch, as the paper trains. "offline" takes SDFT's loss, with a frozen teacher, on the responses
+that "sft on own" imitates; "sft + KL" adds the KL to the base to SFT's loss. "paraphrased" trains
+on the first paraphrase too, so that its "paraphrase" is the second alone.
 """
 
 from experiments import real_model, runner
