@@ -419,7 +419,7 @@ def measure(seed, arm, reads="question", method=None, then=None, **settings):
     facts, prior, tools = load_rows("real_facts"), load_rows("real_prior"), []
     if options.quick:
         facts, prior, then = facts[:4], prior[:12], None
-        settings |= dict(lr=2e-4, steps=12, n_other=0)
+        settings |= dict(lr=2e-4, steps=16, n_other=0)
     if then:
         tools = load_rows(f"{then}_test")
     asked, student, matched = questions(facts, prior, tools, reads), base, {}
