@@ -217,7 +217,7 @@ def gradients(n):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_reinforce_on_implicit_reward_descends_eq_1(n):
-    """E_y[r(y) ∇ log π(y)] = -∇ KL(π ‖ π_T): on-policy RL without a reward model, Eqs. (3)-(6)."""
+    """E_y[r(y) ∇ log π(y)] = -∇ KL(π ‖ π_T): RL without a reward model, Eqs. (3)-(6)."""
     eq_1, _, reinforce, _ = gradients(n)
     assert_close(reinforce, -eq_1)
 

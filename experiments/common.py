@@ -173,8 +173,8 @@ def skill_metrics(
 ):
     """Accuracy on a new skill and on the prior ones, greedy and sampled, and KL to the start.
 
-    "length" is that of the new skill's greedy answers, in tokens. "KL" is KL(model ‖ start) on the
-    new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response.
+    "length" is that of the new skill's greedy answers, in tokens. "KL" is KL(model ‖ start) on
+    the new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response.
     """
     names = [*toy.PRIOR, name]
     sets = {k: skill(k, split, seed, n=400 if k == name else 50, world=world) for k in names}

@@ -117,10 +117,11 @@ def claims(at):
 
 def figure(rows, plt):
     drawn, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    labels = {"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}
     for panel, direction in zip(panels, KLS):
         for row in rows[1:]:
             panel.plot(row[direction], row["loss"], "o", markersize=3, label=row["arm"], alpha=0.7)
-        panel.set_xlabel({"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}[direction])
+        panel.set_xlabel(labels[direction])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss of prior accuracy")
     runner.grid_and_legend(panels[1])

@@ -236,8 +236,9 @@ def response_step(
     sft=1.0,
     kl=0.0,
     divergence="forward",
+    alpha=0.0,
 ):
-    """An update on given responses: sft times their cross entropy, kl times the divergence."""
+    """As `sdft_step` on given responses: sft times their cross entropy, kl times the divergence."""
     tokens, mask = pad_right(responses, eos_id, student.device)
     logits = completion_logits(student, prompts, tokens, dtype())  # (B, C, V)
     loss = sft * sft_loss(logits, tokens, mask) if sft else 0.0
@@ -247,6 +248,8 @@ def response_step(
         loss = loss + kl * sdft_loss(logits, teacher_logits, mask, divergence)[0]
     loss.backward()
     clip_and_step(student, optimizer, loss.item())
+    if alpha:
+        ema_update(teacher, student, alpha)
     return loss.item()
 
 
@@ -326,15 +329,12 @@ def learn(
             yield sdft_step(student, teacher, optimizer, x, hint, eos, MAX_NEW_TRAINED, **how)
             continue
         y = [given[i][torch.randint(len(given[i]), ()).item()] for i in batch]
-        how = dict(responses=y, divergence=divergence)
+        how = dict(responses=y, divergence=divergence, alpha=alpha)
         if method == "offline":
             how |= dict(sft=0.0, kl=1.0)
         elif weight:  # a penalty for leaving what the model says to the prompt alone
             hint, how = x, dict(responses=y, kl=weight, divergence="reverse")
-        loss = response_step(student, teacher, optimizer, x, hint, eos, **how)
-        if alpha:
-            ema_update(teacher, student, alpha)
-        yield loss
+        yield response_step(student, teacher, optimizer, x, hint, eos, **how)
 
 
 # --- Measuring ------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ teacher 0.68.
 
     python -m experiments.teacher --seeds 5
 
-"accuracy" on skill X is greedy, "KL" is KL(model ‖ base) on the prompts of skill X (which the base
-reads without a demonstration), in nats per response.
+"accuracy" on skill X is greedy, "KL" is KL(model ‖ base) on the prompts of skill X (which the
+base reads without a demonstration), in nats per response.
 """
 
 from experiments import runner, verdicts

@@ -1,8 +1,8 @@
 """From the numbers of a few seeds to a verdict, by one rule for all claims.
 
 A claim is about a difference, taken seed by seed: both methods start from the same base and see the
-same inputs. Its mean over n seeds has a 95% confidence interval of ± t · s / √n (Student's t). The
-verdict is
+same inputs. Its mean over n seeds has a 95% confidence interval of ± t · s / √n (Student's t).
+The verdict is
 
     yes            the interval is above zero, and the mean is above MARGIN
     no             the interval is below MARGIN: there is no difference that counts

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train two small matrices beside every linear layer.
 
-    y = x Wᵀ + b + alpha / rank (x Aᵀ) Bᵀ     W (out, in), b frozen; A (rank, in), B (out, rank)
+    y = x Wᵀ + b + alpha / rank (x Aᵀ) Bᵀ   W (out, in), b frozen; A (rank, in), B (out, rank)
 
 B starts at 0, so that the student starts as the base. Base, student and an EMA teacher are separate
 `GPT`s whose frozen weights are the same memory; what is the teacher's own is its adapters. The base

@@ -31,7 +31,8 @@ def teacher_text(path, **settings):
 def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
     """Against GPT-2's published word pattern; a file that changes is read again."""
     oracle, enc = write_vocabulary(tmp_path), load_encoding(tmp_path)
-    for text in ("the man in the hat", "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 ", "<|endoftext|>"):
+    texts = "the man in the hat", "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 ", "<|endoftext|>"
+    for text in texts:
         assert enc.encode_ordinary(text) == oracle.encode_ordinary(text)
         assert enc.decode(enc.encode_ordinary(text)) == text
     assert enc.eot_token == EOS and len(enc.encode_ordinary(" the")) == 1

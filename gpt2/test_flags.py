@@ -255,7 +255,7 @@ def test_a_base_of_another_shape_is_named(tmp_path, base, data):
 
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
 def test_the_teacher_follows_its_flag(name, alpha, tmp_path, base, data):
-    """φ = α θ + (1 - α) φ after one step; a frozen teacher is --init_from and not saved again."""
+    """φ = α θ + (1 - α) φ after one step; a frozen teacher is --init_from, not saved again."""
     more = ["--teacher", name, "--ema_alpha", 0.25, "--eval_every", 9]
     train.main(flags(base, data, tmp_path / "out", *more, steps=1))
     before, saved = weights(base), last_checkpoint(tmp_path / "out")
