@@ -49,15 +49,16 @@ class Experiment:
     arms: list  # of dicts
     measure: Callable  # measure(seed, **fields) -> {metric: number}, one arm on one seed
     columns: list  # the metrics of its table; the results have them all
-    bases: list = ()  # that it needs, as arguments of common.base
-    claims: dict = ()  # {claim: report.Claim}
+    bases: tuple = (dict(world="skills"),)  # that it needs, as arguments of common.base
     choose_by: tuple = ()  # the metrics (new, prior) by which an arm's rate is chosen
+    derive: Callable = None  # derive({arm: metrics}) adds to them what its claims compare
     figure: Callable = None  # figure(rows, plt) -> a matplotlib figure, of the results' rows
     arguments: Callable = None  # arguments(parser) adds flags, which measure finds in `options`
     files: list = ()  # paths of other code and data that its numbers follow from
     once: tuple = ()  # names of costly arms: last, on seed 0 alone, not with --quick
     quick: tuple = ()  # names of the arms that --quick runs, if not all
     then_columns: tuple = ()  # of a second table, with the arms that have these metrics
+    table: Callable = None  # table(rows) -> lines of Markdown, in place of the usual one
 
 
 def main(doc, *experiments, argv=None):
