@@ -1,18 +1,14 @@
 """Demonstrations: how many does it take, and what do bad ones do?
 
-The paper trains on full sets only, so its "SDFT learns more than SFT" does not say at what size,
-and its demonstrations are all right, each for its own prompt.
+The paper trains on full sets, so its "SDFT learns more than SFT" does not say at what size, and its
+demonstrations are all right, each for its own prompt.
 
-    python -m experiments.demonstrations --seeds 5   # only one: demonstrations, mismatch behind it
+    python -m experiments.demonstrations --seeds 5
 
-demonstrations: 8 to 400 of them, on skill X. Every method has 160 updates, and for every number of
-demonstrations two rates, SFT all five, of which the best is chosen on validation inputs. A batch
-has at most as many rows as there are demonstrations.
-
-mismatch: skill X at SDFT's settings, with a share of the demonstrations spoiled: "wrong" ones have
-random results, "another row's" belong to another prompt, "one for all" is the same right
-demonstration, of one prompt, everywhere. "teacher" is the base's accuracy with the training
-demonstrations, spoiled ones included. SFT on wrong demonstrations stands beside it.
+demonstrations  8 to 400 of them, on skill X. Every method has 160 updates, two rates for every
+                number of demonstrations, SFT all five
+mismatch        a share of them is spoiled, see `spoil` in worlds.py. "teacher" is the base's
+                accuracy with the training demonstrations, spoiled ones included
 """
 
 from experiments import report, runner

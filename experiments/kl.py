@@ -5,21 +5,17 @@ vocabulary at every token (which it uses, and finds best), and a Rao-Blackwellis
 equations are the reverse KL (v1). By v2 and issue 5 of the official repository its results were
 made with the forward KL. One replication finds no difference, another +6 points for the forward KL.
 
-    python -m experiments.kl --seeds 5     # only one: kl or estimators behind it
+    python -m experiments.kl --seeds 5
 
-kl: all at SDFT's settings on skill X, which are those of the forward KL as well. "noise" is the
-variance of the gradient over rollouts of one minibatch, summed over the weights, as a multiple of
-the squared length of the mean gradient, at the base's weights: 1 means that noise and signal are of
-equal size in one update.
-
-estimators: three gradients for one loss, Eq. (1), the KL between whole responses. The analytic one
-treats the response as fixed: less noise, but biased. Responses of the toy can be enumerated, so the
-exact gradient is known: of 8 prompts of skill X, responses of at most three tokens. An estimate is
-one response to each of the 8 prompts, with the base as student and teacher. "bias" is the length of
-the mean estimate's error, "noise" the standard deviation of an estimate around its mean, both in
-lengths of the exact gradient; "cosine" is the angle's between the mean estimate and the exact
-gradient. The mean of "analytic" is taken exactly as well, that of the others over 500 estimates,
-whose remaining error is "bias error".
+kl          Skill X at SDFT's settings. "noise" is the variance of the gradient over rollouts of one
+            minibatch, summed over the weights, as a multiple of the squared length of the mean
+            gradient, at the base's weights
+estimators  Responses of at most three tokens can be enumerated, so that the exact gradient of
+            Eq. (1), the KL between whole responses, is known. An estimate is one response to each
+            of 8 prompts of skill X. "bias" is the length of the mean estimate's error, "noise" the
+            standard deviation of an estimate around its mean, both in lengths of the exact
+            gradient; "cosine" is the angle's between the two. The mean of "analytic" is exact, that
+            of the others over 500 estimates, whose remaining error is "bias error"
 """
 
 import torch

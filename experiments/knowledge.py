@@ -4,19 +4,16 @@ The paper (strict / lenient / other questions on the same facts, "OOD"): base 0/
 SDFT 89/100/98, base with the article in its prompt 91/100/100. It does not report forgetting. With
 a teacher that reads the answer only (strict) about 37, the article only about 75, both 89.
 
-    python -m experiments.knowledge --seeds 5     # only one: knowledge or context behind it
+    python -m experiments.knowledge --seeds 5
 
-knowledge: training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is
-correct; lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never trained on.
-"known" are the 60 entities of pretraining, on both questions. The rates are chosen by a second run
-on 20 other entities ("val strict", "val known"). "+ known" takes turns: after every update on the
-new facts follows one of SDFT on prompts of known ones, with the base as the teacher, which then
-reads no text; it reads question A only, so that "known" covers one it does not rehearse. Twice the
-updates, then, and a frozen teacher, which "sdft, frozen teacher" has alone.
-
-context: two rates for every text of the teacher, the better by validation. For `?cjA=` the article
-`eh` gives cj's attributes, the answer `b` their sum, both together `ehb`. "teacher" is the base's
-accuracy when it reads that text.
+knowledge  Training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is
+           correct; lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never
+           trained on. "known" are the 60 entities of pretraining, on both questions. The rates are
+           chosen by a second run on 20 other entities ("val"). "+ known" takes turns: after every
+           update on new facts one of SDFT on question A of known ones, with the base as the
+           teacher: twice the updates, and a frozen teacher, as "sdft, frozen teacher" has
+context    What the teacher reads: `?cjA!eh.=` the article, `?cjA!b.=` the answer, `?cjA!ehb.=`
+           both. "teacher" is the base's accuracy when it reads that text
 """
 
 import copy

@@ -6,10 +6,9 @@ gone when SFT was stopped at matched accuracy.
 
     python -m experiments.pareto --seeds 5
 
-Every point is measured on validation inputs as well ("val new", "val prior"): `chosen` in
-settings.py picks from those what the other experiments use. A stopped SFT is looked at every 5
-updates and ends as soon as its validation accuracy is within 0.02 of SDFT's; "updates" is when,
-"matched" whether it got there within the 160 updates.
+The other experiments use the rates that are chosen here (settings.py). A stopped SFT is looked at
+every 5 updates and ends as soon as its validation accuracy is within 0.02 of SDFT's; "updates" is
+when, "matched" whether it got there within the 160 updates.
 """
 
 import numpy as np

@@ -11,7 +11,6 @@ line and each metric with its values of all seeds, and NAME.png the figure.
 """
 
 import argparse
-import ast
 import inspect
 import itertools
 import json
@@ -30,10 +29,8 @@ import torch
 from experiments import common, report
 from experiments.processes import in_processes
 
-ROOT = Path(__file__).parent.parent
-# The code that every arm's numbers follow from, beside its own file.
-CORE = ["sdft.py", "model.py", "train_toy.py", "data/toy.py"]
-CORE = [ROOT / name for name in [*CORE, "experiments/common.py", "experiments/worlds.py"]]
+# What every arm's numbers follow from, beside its own file.
+CORE = [*common.MADE_BY, common.ROOT / "sdft.py", Path(common.__file__)]
 
 
 @dataclass
@@ -139,10 +136,8 @@ def plan(experiment, args):
         wanted = experiment.quick or {arm["arm"] for arm in arms} - set(once)
         arms = [arm for arm in arms if arm["arm"] in wanted]
     flags = {k: v for k, v in vars(args).items() if k not in ("names", "seeds", "jobs", "out_dir")}
-    behind = [*CORE, Path(inspect.getsourcefile(experiment.measure)), *experiment.files]
-    texts = [path.read_text(encoding="utf-8") for path in behind]
-    # Without the comments and the layout of code.
-    code = [ast.dump(ast.parse(t)) if p.suffix == ".py" else t for p, t in zip(behind, texts)]
+    own_file = Path(inspect.getsourcefile(experiment.measure))
+    code = common.code_of([*CORE, own_file, *experiment.files])
     planned = []
     for seed, arm in itertools.product(range(args.seeds), arms):
         text = json.dumps([code, flags, arm], default=lambda function: function.__qualname__)

@@ -1,22 +1,17 @@
 """Does one model collect skills? Each stage starts from where the last one ended.
 
-The paper (Fig. 3, read off; 0 is the base, 1 the best of both methods): three skills far, SDFT
-keeps all at about .85 to .95; SFT loses each one when the next begins, and its first ends at about
-−.4. A follow-up found, after 20 writes, a model that is its own moving teacher worst, and the
-original model as a fixed teacher best (arXiv 2607.11020).
+The paper (Fig. 3, read off; 0 is the base, 1 the best of both methods): SDFT keeps three skills at
+about .85 to .95; SFT loses each one when the next begins, and its first ends at about −.4. A
+follow-up found, after 20 writes, a model that is its own moving teacher worst, and the original
+model as a fixed teacher best (arXiv 2607.11020).
 
-    python -m experiments.sequential --seeds 5     # only one: sequential or many_stages behind it
+    python -m experiments.sequential --seeds 5
 
-sequential: X, Y and Z in turn. "X" to "prior" are after the last stage, "own" is the mean of every
-skill right after its own stage. The matrix of every skill after every stage is in the JSON ("after
-X: Y"). "KL prior" is the KL to the base on prior prompts, in nats per response.
-
-many_stages: the eight skills of which the base's training was right as often as in the toy, then
-five others on which its training was right from 0 to 60 of 100 times, in an order that changes with
-the seed; 60 updates each. The teacher is a moving average that starts as the current student, the
-student as the stage found it, or the original base. "own" is the mean over the eight skills right
-after their stages, "8" and "end" their mean after stages 8 and 13; "prior 4" to "prior 13" are the
-prior skills.
+sequential   X, Y and Z in turn. "X" to "prior" are after the last stage, "own" is the mean of every
+             skill right after its own, "after X: Y" the skill Y after stage X
+many_stages  Eight skills, then five of which the base was rarely right, 60 updates each. "own" is
+             the mean over the eight right after their stages, "8" and "end" after stages 8 and 13;
+             "prior 4" to "prior 13" are the prior skills. "KL prior" is on their prompts
 """
 
 import numpy as np
