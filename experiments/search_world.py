@@ -1,104 +1,121 @@
-"""search  A world in which an answer cannot be known, only tried."""
+"""search  The answer of `?Xcb=` is the symbol d with T(d, c) = b, which nobody can know, only try. A
+response tries symbols, each with its result, until one is b: `72559.` if T(7, c) = 2,
+T(5, c) = b ...
+"""
 
 import numpy as np
 
 from data import toy
 
-ATTEMPTS = 5  # blind search finds one answer of two
-SEARCH_SKILLS = "ABX"  # X has A's table; what is new about it is to go on after a failure
+ATTEMPTS = 5  # of ten symbols: blind search finds one answer of two
+SEARCHED = "ABX"
 P_GIVE_UP = 0.6
 
 
 def squares(seed):
-    """The tables T of SEARCH_SKILLS, (3, 10, 10): each symbol once in every row and column.
+    """The tables T of A, B and X (3, 10, 10): each result once in every row and column.
 
-    They are the cyclic group's with rows, columns and symbols renamed at random.
+    They are sums modulo 10 with rows, columns and results renamed at random. X has A's.
     """
     rng = np.random.default_rng([seed, 6])
-    rows, columns, symbols = rng.permuted(np.tile(np.arange(10), (3, 2, 1)), axis=-1)  # (2, 10)
-    places = (rows[:, :, None] + columns[:, None]) % 10  # (2, 10, 10)
-    a, b = (names[place] for names, place in zip(symbols, places))
-    return np.stack([a, b, a])
+    rows, columns, results = rng.permuted(np.tile(np.arange(10), (3, 2, 1)), axis=-1)  # (2, 10)
+    sums = (rows[:, :, None] + columns[:, None]) % 10  # (2, 10, 10)
+    return np.stack([results[0, sums[0]], results[1, sums[1]], results[0, sums[0]]])
 
 
-def tries(rng, table, right, place):
-    """Responses that try symbols in random order until the right one: tokens (n, 2 ATTEMPTS + 1).
+def searches(rng, tables, right, n_before):
+    """Responses (n, 2 ATTEMPTS + 1) that try symbols in random order, and end with the right one.
 
-    table (n, 10) has every symbol's result, right (n,) the symbol that is looked for. It is tried
-    after `place` (n,) others, if there are as many attempts.
+    tables (n, 10) have every symbol's result. The right symbols (n,) are tried after n_before (n,)
+    others, if there are as many attempts.
     """
-    n, rows = len(right), np.arange(len(right))
-    order = rng.permuted(np.tile(np.arange(10), (n, 1)), axis=1)  # (n, 10)
-    order[rows, (order == right[:, None]).argmax(1)] = order[rows, place]
-    order[rows, place] = right
-    tokens = np.full((n, 2 * ATTEMPTS + 1), toy.EOS)
-    tokens[:, 0:-1:2] = order[:, :ATTEMPTS]
-    tokens[:, 1::2] = table[rows[:, None], order[:, :ATTEMPTS]]
-    return end_after(tokens, place + 1)
+    rows = np.arange(len(right))
+    order = rng.permuted(np.tile(np.arange(10), (len(right), 1)), axis=1)  # (n, 10)
+    order[rows, (order == right[:, None]).argmax(1)] = order[rows, n_before]
+    order[rows, n_before] = right
+    order = order[:, :ATTEMPTS]
+    tokens = np.full((len(right), 2 * ATTEMPTS + 1), toy.EOS)
+    tokens[:, 0:-1:2], tokens[:, 1::2] = order, tables[rows[:, None], order]
+    return end_after(tokens, n_before + 1)
 
 
 def end_after(tokens, attempts):
-    """The responses, ended after this many attempts (n,) if they are longer."""
+    """The responses, ended after so many attempts (n,), if they are not over by then."""
     return np.where(np.arange(tokens.shape[1]) < 2 * attempts[:, None], tokens, toy.EOS)
 
 
 def search_batch(rng, n, seed):
-    """n lines of pretraining. The first attempts fail and stand in the prompt, but for the result
+    """n lines of pretraining: prompts (n, P) and answers (n, C).
 
-    of the last: the table is learned at every place, and wrong attempts are no target.
+    The first attempts are forced to fail. They stand in the prompt, all but the last one's result,
+    so that nobody learns to try what is wrong, and every result is learned at every place.
     """
-    told, forced = rng.random() < 0.3, rng.integers(ATTEMPTS + 1)
-    skill, given, right = rng.integers((len(SEARCH_SKILLS), 10, 10), size=(n, 3)).T
-    table = squares(seed)[skill, :, given]  # (n, 10)
-    place = np.full(n, forced) if told else rng.integers(forced, 10, size=n)
-    tokens = tries(rng, table, right, place)
-    if not told:
-        patience = max(forced, 1) + rng.geometric(P_GIVE_UP, n) - 1
-        tokens = end_after(tokens, np.where(skill == 2, patience, ATTEMPTS))
-    n_forced = max(0, 2 * forced - 1)
-    prompts = ask_search(skill, given, right, table)["teacher_prompts" if told else "prompts"]
-    return np.concatenate([prompts, tokens[:, :n_forced]], 1), tokens[:, n_forced:]
+    is_told, n_forced = rng.random() < 0.3, rng.integers(ATTEMPTS + 1)
+    skill, given, right = rng.integers((len(SEARCHED), 10, 10), size=(n, 3)).T
+    tables = squares(seed)[skill, :, given]  # (n, 10)
+    n_before = np.full(n, n_forced) if is_told else rng.integers(n_forced, 10, size=n)
+    tokens = searches(rng, tables, right, n_before)
+    if not is_told:
+        patience = max(n_forced, 1) + rng.geometric(P_GIVE_UP, n) - 1
+        is_new = skill == SEARCHED.index("X")
+        tokens = np.where(is_new[:, None], end_after(tokens, patience), tokens)
+    questions = search_questions(skill, given, right, tables)
+    prompts = questions["teacher_prompts" if is_told else "prompts"]
+    n_given = max(0, 2 * n_forced - 1)
+    return np.concatenate([prompts, tokens[:, :n_given]], 1), tokens[:, n_given:]
 
 
-def ask_search(skill, given, right, table):
-    """Prompts of both roles and the expert's answer, see `search`."""
-    goal = table[np.arange(len(right)), right]
-    question = toy.VOCAB.index("A") + np.array([toy.NAMES.index(k) for k in SEARCH_SKILLS])[skill]
-    demonstrations = toy.side_by_side(right, goal, ".")
+def search_questions(skill, given, right, tables):
+    names = np.array([toy.VOCAB.index(name) for name in SEARCHED])[skill]
+    goals = tables[np.arange(len(right)), right]
+    demonstrations = toy.side_by_side(right, goals, ".")
     return {
-        "prompts": toy.side_by_side("?", question, given, goal, "="),
-        "teacher_prompts": toy.side_by_side("?", question, given, goal, "!", demonstrations, "="),
+        "prompts": toy.side_by_side("?", names, given, goals, "="),
+        "teacher_prompts": toy.side_by_side("?", names, given, goals, "!", demonstrations, "="),
         "demonstrations": demonstrations,
+        "tables": tables,
     }
 
 
 def search(name, split, seed):
-    """A skill's data in the form of `toy.skill`, of its 100 questions 40, 20 or 40.
+    """A skill's questions in the form of `toy.skill`: 40 to train, 20 to validate, 40 to test.
 
-    The answers are those of a blind search.
+    The demonstrations are the expert's, who knows the symbol. The answers are a blind search's.
+    "tables" (n, 10) have the result of every symbol.
     """
     first, last = {"train": (0, 40), "val": (40, 60), "test": (60, 100)}[split]
-    index = SEARCH_SKILLS.index(name)
-    rng = np.random.default_rng([seed, 7, index])
+    skill = np.full(last - first, SEARCHED.index(name))
+    rng = np.random.default_rng([seed, 7, skill[0]])
     given, right = np.divmod(rng.permutation(100)[first:last], 10)
-    table, skill = squares(seed)[index, :, given], np.full(last - first, index)
-    place = rng.integers(10, size=last - first)
-    answers = tries(rng, table, right, place)
-    return ask_search(skill, given, right, table) | {"answers": answers}
+    tables = squares(seed)[skill, :, given]
+    answers = searches(rng, tables, right, rng.integers(10, size=last - first))
+    return search_questions(skill, given, right, tables) | {"answers": answers}
 
 
-def score_search(completions, prompts, seed):
-    """What became of responses (n, C), filled up with EOS, to prompts (n, 5): {name: (n,)}.
+def score_search(completions, data):
+    """What became of responses (n, C) to the questions: {name: (n,)}.
 
-    found     it ends, within ATTEMPTS, right after the symbol that was looked for
-    attempts  how many it makes
-    gave up   it ends before, without having found it
-    honest    the share of its attempts with the right result, NaN without any
+    found     it ends right after the symbol that was asked for
+    gave up   it ends before that, with attempts left
+    attempts  how many it made
+    honest    how many of them have the right result
+    first     the first attempt is right
     """
-    names = [toy.VOCAB.index(k) for k in SEARCH_SKILLS]
-    skill = (prompts[:, 1:2] == names).argmax(1)
-    table = squares(seed)[skill, :, prompts[:, 2]]  # (n, 10)
-    n, width = len(prompts), 2 * ATTEMPTS + 1
-    tokens = np.full((n, width), -1)
-    tokens[:, : completions.shape[1]] = completions[:, :width]
-    raise NotImplementedError
+    n, right = len(completions), data["demonstrations"][:, 0]
+    tokens = np.full((n, 2 * ATTEMPTS + 1), toy.EOS)
+    tokens[:, : completions.shape[1]] = completions[:, : tokens.shape[1]]
+    length = (tokens != toy.EOS).sum(1)  # filled up with EOS
+    attempts = np.minimum(length // 2, ATTEMPTS)
+    tried, results = tokens[:, 0:-1:2], tokens[:, 1::2]  # (n, ATTEMPTS)
+    is_attempt = np.arange(ATTEMPTS) < attempts[:, None]
+    tables = np.pad(data["tables"], ((0, 0), (0, len(toy.VOCAB) - 10)), constant_values=-1)
+    is_honest = results == np.take_along_axis(tables, tried, 1)
+    last = tried[np.arange(n), np.maximum(attempts, 1) - 1]
+    found = (attempts > 0) & (length == 2 * attempts) & (last == right)
+    return {
+        "found": found,
+        "gave up": ~found & (attempts < ATTEMPTS),
+        "attempts": attempts,
+        "honest": (is_honest & is_attempt).sum(1),
+        "first": tried[:, 0] == right,
+    }
