@@ -8,6 +8,7 @@ prior skills.
 import argparse
 import ast
 import copy
+import functools
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 
 from data import toy
+from data.files import write_whole
 from experiments import worlds
 from model import GPT, GPTConfig
 from sdft import distill_loss, rollout
-from train_toy import MODEL, evaluate, fine_tune, pretrain, write_whole
+from train_toy import MODEL, evaluate, fine_tune, pretrain
 
 BATCH_SIZE = 32
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,7 @@ def base(seed, world="skills", **sizes):
         model.load_state_dict(saved["model"])
         return model
     print(f"pretraining a base: {path}", flush=True)
-    for _ in pretrain(model, draw_batch, seed, steps):
+    for _ in pretrain(model, functools.partial(draw_batch, seed=seed), seed, steps):
         pass
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {"config": config, "model": model.state_dict()}

@@ -55,7 +55,7 @@ def take_turns(start, data, seed, *, method, lr, steps, rehearse):
     optimizer = adamw(student, lr, weight_decay=0.0)
     rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
     steps = min(steps, 3) if common.options.quick else steps
-    for step in range(steps):
+    for step in range(1, steps + 1):
         set_learning_rate(optimizer, lr, step, steps)
         rows = rng.choice(len(data["prompts"]), len(data["prompts"]), replace=False)
         new = {key: values[rows] for key, values in data.items()}

@@ -6,19 +6,15 @@ import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-import torch
 
-from experiments import common
-
-
-def in_processes(tasks, args):
-    """Results of (function, *arguments) as they finish."""
-    if args.jobs == 1 or len(tasks) < 2:
-        set_up(args)
+def in_processes(tasks, jobs, set_up):
+    """Results of (function, *arguments) as they finish. set_up() comes first in every process."""
+    if jobs == 1 or len(tasks) < 2:
+        set_up()
         yield from (function(*arguments) for function, *arguments in tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, start_worker, [args]) as pool:
+    with ProcessPoolExecutor(jobs, context, start_worker, [set_up]) as pool:
         try:
             for future in as_completed([pool.submit(*task) for task in tasks]):
                 yield future.result()
@@ -28,15 +24,10 @@ def in_processes(tasks, args):
             raise
 
 
-def set_up(args):
-    vars(common.options).update(vars(args))
-    torch.set_num_threads(args.threads or max(1, os.cpu_count() // args.jobs))
-
-
-def start_worker(args):
-    set_up(args)
+def start_worker(set_up):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     threading.Thread(target=end_with_parent, daemon=True).start()
+    set_up()
 
 
 def end_with_parent():

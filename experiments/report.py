@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import write_whole
 from experiments.settings import chosen
-from train_toy import write_whole
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md"

@@ -11,6 +11,7 @@ line and each metric with its values of all seeds, and NAME.png the figure.
 """
 
 import argparse
+import functools
 import inspect
 import itertools
 import json
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from data import files
 from experiments import common, report
 from experiments.processes import in_processes
 
@@ -101,15 +103,19 @@ def parse_args(doc, experiments, argv):
 def run(experiment, args):
     """The experiment's rows, also in NAME.json. What its log has already is not run again."""
     planned, log = plan(experiment, args), args.out_dir / f"{experiment.name}.jsonl"
-    finished = read(log)
+    rows, _ = files.read(log) if log.exists() else ([], 0)
+    finished = {(row.get("key"), row.get("seed")): row for row in rows}
     todo = [(arm, key, seed) for arm, key, seed in planned if (key, seed) not in finished]
     print(f"{experiment.name}: {len(planned)} runs, {len(todo)} to do", flush=True)
     # The bases first, so that no two processes make the same one.
     seeds = sorted({seed for _, _, seed in todo})
-    for _ in in_processes([(make_base, s, base) for base in experiment.bases for s in seeds], args):
+    set_up = functools.partial(prepare, args)
+    bases = [(make_base, seed, base) for base in experiment.bases for seed in seeds]
+    in_parallel = functools.partial(in_processes, jobs=args.jobs, set_up=set_up)
+    for _ in in_parallel(bases):
         pass
     start, tasks = time.perf_counter(), [(run_arm, experiment.measure, *run) for run in todo]
-    for n, row in enumerate(in_processes(tasks, args), 1):
+    for n, row in enumerate(in_parallel(tasks), 1):
         finished[row["key"], row["seed"]] = row
         with open(log, "a", encoding="utf-8") as f:
             # The newline comes first: a line that was cut short must not take this one with it.
@@ -118,15 +124,15 @@ def run(experiment, args):
         left = (time.perf_counter() - start) / n * (len(todo) - n)
         about = f"{n:4}/{len(todo)}  seed {row['seed']}  {row['arm']:28} {'  '.join(found[:3])}"
         print(f"{about}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
-    rows = {}
+    table = {}
     for arm, key, seed in planned:
-        row = rows.setdefault(key, {k: v for k, v in arm.items() if k != "settings"})
+        row = table.setdefault(key, {k: v for k, v in arm.items() if k != "settings"})
         for name, value in finished[key, seed]["metrics"].items():
             row.setdefault("metrics", {}).setdefault(name, []).append(value)
     seconds = sum(finished[key, seed]["seconds"] for _, key, seed in planned)
     result = dict(experiment=experiment.name, seeds=[*range(args.seeds)], seconds=round(seconds))
-    report.write(args.out_dir / f"{experiment.name}.json", result | {"rows": [*rows.values()]})
-    return [*rows.values()]
+    report.write(args.out_dir / f"{experiment.name}.json", result | {"rows": [*table.values()]})
+    return [*table.values()]
 
 
 def plan(experiment, args):
@@ -146,23 +152,17 @@ def plan(experiment, args):
     return sorted(planned, key=lambda run: run[0]["arm"] in once)
 
 
-def read(log):
-    """{(key, seed): row} of the finished arms. One whose line was cut short runs again."""
-    rows = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            row = json.loads(line)
-            rows[row["key"], row["seed"]] = row
-        except (ValueError, TypeError, KeyError):
-            pass
-    return rows
+def prepare(args):
+    """In every process: the options, and the number of threads."""
+    vars(common.options).update(vars(args))
+    torch.set_num_threads(args.threads or max(1, os.cpu_count() // args.jobs))
 
 
 def make_base(seed, base):
     common.base(seed, **base)
 
 
-def run_arm(measure, key, arm, seed):
+def run_arm(measure, arm, key, seed):
     start = time.perf_counter()
     fields = {k: v for k, v in arm.items() if k not in ("arm", "rate", "family")}
     metrics = {k: round(float(v), 5) for k, v in measure(seed, **fields).items()}

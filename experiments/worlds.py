@@ -8,7 +8,7 @@ facts   Each of 100 entities, named by two letters, has two digits as attributes
         and `477.`. The teacher reads a text: `?cjA!eh.=` an article, `?cjA!b.=` an answer,
         `?cjA!ehb.=` both.
 
-A world gives lines of pretraining as a function of (rng, n, seed), and the updates of pretraining.
+A world is a function that draws n lines of pretraining, and a number of updates.
 """
 
 import numpy as np
@@ -28,13 +28,12 @@ def cold_skills(seed):
 
 def skills_batch(rng, n, seed):
     new = dict.fromkeys(HALF, toy.P_OWN) | {k: (p, p) for k, p in cold_skills(seed).items()}
-    return toy.pretraining_batch(rng, n, seed, new)
+    return toy.pretraining_batch(rng, n, new)
 
 
 def long_batch(rng, n, seed):
     # More bare answers than in the toy's world: they are harder to use for longer chains.
-    more = dict(n_digits=N_DIGITS["long"], styles=(0.66, 0.12, 0.22))
-    return toy.pretraining_batch(rng, n, seed, {"X": toy.P_OWN}, **more)
+    return toy.pretraining_batch(rng, n, {"X": toy.P_OWN}, N_DIGITS["long"], (0.66, 0.12, 0.22))
 
 
 def first_rows(data, n):
@@ -83,13 +82,13 @@ def ask(question, entity, attributes):
     """Prompts (n, 5) and results (n, 3) for "A" or "B" (n,), entities (n,), attributes (n, 2)."""
     operation = toy.TABLES[question - toy.VOCAB.index("A"), attributes[:, 0], attributes[:, 1]]
     name = toy.LETTERS + np.stack([entity // 10, entity % 10], 1)
-    return toy.columns("?", name, question, "="), np.column_stack([attributes, operation])
+    return toy.side_by_side("?", name, question, "="), np.column_stack([attributes, operation])
 
 
 def with_text(prompts, results, reads):
     """The prompts with an "article", an "answer" or "both" in them."""
     text = {"article": results[:, :-1], "answer": results[:, -1:], "both": results}[reads]
-    return toy.columns(prompts[:, :-1], "!", toy.answers(text, "expert"), "=")
+    return toy.side_by_side(prompts[:, :-1], "!", toy.answers(text, "expert"), "=")
 
 
 def facts_batch(rng, n, seed):
