@@ -113,7 +113,7 @@ def after_failures(start, data, prompts):
     return tokens, logits.softmax(-1).numpy()
 
 
-def gates(start, seed):
+def gates(start, seed, times=25):
     """What the base has to be able to do: {gate: (value, lowest, highest)}.
 
     honest       how often it takes the right result, of the worst skill at the worst place
@@ -130,7 +130,7 @@ def gates(start, seed):
     right = data["demonstrations"][:, :1, None]  # (n, 1, 1)
     teacher = np.take_along_axis(probs[:, 0:-1:2], right, 2).mean((0, 2))  # (ATTEMPTS,)
     blind = ATTEMPTS / 10
-    prior = np.mean([ask(start, search(name, "train", seed), 25)["found"] for name in "AB"])
+    prior = np.mean([ask(start, search(name, "train", seed), times)["found"] for name in "AB"])
     gives_up = ask(start, search("X", "test", seed), 10)["gave up"]
     return {
         "honest": (min(honest), 0.97, 1),

@@ -45,24 +45,28 @@ def end_after(tokens, attempts):
 
 
 def search_batch(rng, n, seed):
-    """n lines of pretraining: prompts (n, P) and answers (n, C).
+    """n lines of pretraining: prompts (n, P), answers (n, C), and which tokens are targets (n, C).
 
-    The first attempts are forced to fail. They stand in the prompt, all but the last one's result,
-    so that nobody learns to try what is wrong, and every result is learned at every place.
+    Most plain lines are there for the results alone: the tables are learned at every place, apart
+    from the habits. Next to a demonstration the first attempts are forced to fail; they are no
+    targets, so that nobody learns to try what is wrong.
     """
-    is_told, n_forced = rng.random() < 0.3, rng.integers(ATTEMPTS + 1)
+    is_told = rng.random() < 0.3
     skill, given, right = rng.integers((len(SEARCHED), 10, 10), size=(n, 3)).T
     tables = squares(seed)[skill, :, given]  # (n, 10)
-    n_before = np.full(n, n_forced) if is_told else rng.integers(n_forced, 10, size=n)
+    n_before = rng.integers(ATTEMPTS + 1 if is_told else 10, size=n)
     tokens = searches(rng, tables, right, n_before)
-    if not is_told:
-        patience = max(n_forced, 1) + rng.geometric(P_GIVE_UP, n) - 1
-        is_new = skill == SEARCHED.index("X")
-        tokens = np.where(is_new[:, None], end_after(tokens, patience), tokens)
+    is_result = np.arange(tokens.shape[1]) % 2 == 1  # (C,)
+    if is_told:
+        is_habit = np.arange(tokens.shape[1]) >= 2 * n_before[:, None]  # (n, C)
+    else:
+        is_habit = rng.random((n, 1)) < 0.3
+        gives_up = is_habit[:, 0] & (skill == SEARCHED.index("X"))
+        tokens = end_after(tokens, np.where(gives_up, rng.geometric(P_GIVE_UP, n), ATTEMPTS))
+    is_answer = np.cumsum(tokens == toy.EOS, 1) - (tokens == toy.EOS) == 0
     questions = search_questions(skill, given, right, tables)
     prompts = questions["teacher_prompts" if is_told else "prompts"]
-    n_given = max(0, 2 * n_forced - 1)
-    return np.concatenate([prompts, tokens[:, :n_given]], 1), tokens[:, n_given:]
+    return prompts, tokens, (is_result | is_habit) & is_answer
 
 
 def search_questions(skill, given, right, tables):

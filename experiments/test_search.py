@@ -15,7 +15,7 @@ from sdft import rollout
 from train_toy import MODEL, sdft, sft
 from model import GPT, GPTConfig
 
-SEED = 3
+SEED = 0
 
 
 def table(name):
@@ -45,27 +45,22 @@ class Rules:
         return []
 
     def hidden(self, tokens, n_pad=None, cache=None):
-        """Every position's whole text, as rows of ids (B, T, 64), -1 where there is nothing."""
-        B, T = tokens.shape
+        """What every position has seen, ids (B, T, S), -1 where there is nothing."""
         if cache is not None:
             cache.append(tokens)
-            tokens = torch.cat(list(cache), 1)
-        states = torch.full((B, T, 64), -1)
-        for row in range(B):
-            skipped = 0 if n_pad is None else int(n_pad[row])
-            for t in range(T):
-                text = tokens[row, skipped : tokens.shape[1] - T + t + 1]
-                states[row, t, : len(text)] = text
-        return states
+        whole = tokens if cache is None else torch.cat(cache, 1)  # (B, S)
+        n_pad, column = 0 if n_pad is None else n_pad[:, None, None], torch.arange(whole.shape[1])
+        is_seen = (n_pad <= column) & (column <= column[-tokens.shape[1] :, None])  # (B, T, S)
+        return whole[:, None].where(is_seen, -1)
 
     def lm_head(self, states):
-        texts = states.flatten(0, -2).tolist()
-        probs = [self.next(toy.decode([i for i in text if i >= 0])) for text in texts]
+        probs = [self.next(tuple(text)) for text in states.flatten(0, -2).tolist()]
         return torch.tensor(probs).log().clamp(min=-99).view(*states.shape[:-1], -1)
 
     @functools.cache
-    def next(self, text):
+    def next(self, ids):
         """Probabilities of the next token (V,)."""
+        text = toy.decode(i for i in ids if i >= 0)
         probs = np.zeros(len(toy.VOCAB))
         prompt, _, response = text.rpartition("=")
         if not prompt or "." in response:
@@ -121,30 +116,30 @@ def test_data_are_what_expert_teacher_and_a_blind_search_say():
         assert len({*questions}) == 100
 
 
-def test_pretraining_shows_every_habit_and_no_wrong_attempt_as_a_target_of_the_teacher():
-    """A and B search to the end, X gives up after a failure with P_GIVE_UP, the told know."""
-    rng, stops, first = np.random.default_rng(0), [], []
-    seen = {"told": set(), "plain": set()}
-    for _ in range(300):
-        for prompt, answer in zip(*worlds.search_batch(rng, 20, SEED)):
+def test_pretraining_shows_every_habit_and_no_wrong_attempt_next_to_a_demonstration():
+    """A and B search to the end, X gives up after a failure with P_GIVE_UP, who is told knows."""
+    rng, stops, first, n_forced = np.random.default_rng(0), [], [], set()
+    for _ in range(150):
+        for prompt, answer, is_target in zip(*worlds.search_batch(rng, 20, SEED)):
             prompt, answer = toy.decode(prompt), toy.decode(answer)
-            question, _, given = prompt.rpartition("=")
-            tried, hit = read(question + "=", given + answer)
-            forced = (len(given) + 1) // 2
-            seen["told" if "!" in prompt else "plain"].add(forced)
-            assert not answer.rstrip(".") or len(given) == max(0, 2 * forced - 1)
+            tried, hit = read(prompt, answer)
+            end = 2 * len(tried)
+            assert is_target[1:end:2].all() and not is_target[end + 1 :].any()
+            habits = [*is_target[0:end:2], is_target[end]]  # attempts, and the end
             if "!" in prompt:
-                targets = tried[forced:]
-                assert targets == (question[5] if forced < ATTEMPTS else "")
-            elif prompt[1] == "X":
-                failures = len(tried) - hit
-                decided = range(max(forced, 1), min(failures, ATTEMPTS - 1) + 1)
-                stops += [k == failures and not hit for k in decided]
+                assert tried.endswith(prompt[5]) == hit
+                n_forced.add(len(tried) - hit)
+                assert habits == [False] * (len(tried) - hit) + [True] * (1 + hit)
+                continue
+            assert len({*habits}) == 1
+            if habits[0]:
+                first += [int(tried[0])]
+            if habits[0] and prompt[1] == "X":
+                stops += [False] * (len(tried) - 1) + ([] if hit else [len(tried) < ATTEMPTS])
             else:
                 assert hit or len(tried) == ATTEMPTS
-            first += [int(tried[0])] if not forced and "!" not in prompt else []
-    assert seen == dict.fromkeys(seen, {*range(ATTEMPTS + 1)})
-    assert np.mean(stops) == pytest.approx(worlds.P_GIVE_UP, abs=0.03)
+    assert n_forced == {*range(ATTEMPTS + 1)}
+    assert np.mean(stops) == pytest.approx(worlds.P_GIVE_UP, abs=0.06)
     assert np.bincount(first, minlength=10) / len(first) == pytest.approx(0.1, abs=0.04)
 
 
@@ -180,21 +175,26 @@ def test_scores_of_responses():
 # --- Gates ---------------------------------------------------------------------------------------
 
 
-def test_a_base_that_follows_the_rules_passes_every_gate():
-    found = experiment.gates(Rules(), SEED)
-    assert all(lowest <= value <= highest for value, lowest, highest in found.values()), found
-    assert found["honest"][0] == 1 and found["teacher"][0] > 0.999
+@functools.cache
+def failed(fault=None):
+    """The gates that a model with this fault fails."""
+    gates = experiment.gates(Rules(fault), SEED, times=5)
+    return [gate for gate, (value, low, high) in gates.items() if not low <= value <= high]
 
 
 @pytest.mark.parametrize("fault", ["honest", "teacher", "prior found", "gives up"])
-def test_each_gate_stops_the_base_that_fails_it(fault, monkeypatch, tmp_path):
-    """The faults: a wrong fourth result, a teacher that ends after three failures, repeated
+def test_each_gate_notices_its_fault(fault):
+    """A wrong fourth result, a teacher that ends after three failures, attempts that are repeated,
 
-    attempts, a base that searches already. One sentence, and nothing is measured.
+    a base that searches for X already. A model that follows the rules passes every gate.
     """
+    assert failed(fault) == [fault] and failed() == []
+
+
+def test_a_base_that_fails_a_gate_is_not_measured(monkeypatch, tmp_path):
     for module in (common, experiment):
-        monkeypatch.setattr(module, "base", lambda seed, world: Rules(fault))
-    with pytest.raises(SystemExit, match=f"base of seed 0 is not fit: '{fault}' is "):
+        monkeypatch.setattr(module, "base", lambda seed, world: Rules("teacher"))
+    with pytest.raises(SystemExit, match="base of seed 0 is not fit: 'teacher' is 0.1"):
         runner.main("", experiment.SEARCH, argv=["--jobs", "1", "--out_dir", str(tmp_path)])
     assert not (tmp_path / "search.json").exists()
 
@@ -242,6 +242,8 @@ def test_the_arms_differ_in_their_texts_alone(models, divergence):
 def test_every_arm_runs_and_every_claim_has_its_numbers(tmp_path, monkeypatch, capsys):
     small = dict(MODEL, n_layer=1, n_embd=16)
     monkeypatch.setattr(common, "MODEL", small)
+    ask = experiment.ask
+    monkeypatch.setattr(experiment, "ask", lambda model, data, times: ask(model, data, times > 0))
     flags = ["--quick", "--jobs", "1", "--out_dir", str(tmp_path)]
     runner.main("", experiment.SEARCH, argv=flags)
     rows = report.load(tmp_path)["search"]["rows"]
