@@ -29,18 +29,17 @@ def chat(tokenizer, *turns, system=None, **template):
 
 
 def eos_ids(model, tokenizer):
-    """The tokens that end a response, an int or a list: a chat's turn may have an end of its own."""
+    """The tokens that end a response, an int or a list: a turn may have an end of its own."""
     ids = model.generation_config.eos_token_id
     return tokenizer.eos_token_id if ids is None else ids
 
 
-def forward(model, tokens, n_pad, cache=None, **settings):
-    """The model's output for tokens (B, N), which come after those in the cache."""
-    n_past = 0 if cache is None else cache.get_seq_length()
+def forward(model, tokens, n_pad, n_past=0, **settings):
+    """The model's output for tokens (B, N), which come after the n_past columns in its cache."""
     # Positions count real tokens only: without this, left padding would shift every position.
     positions = torch.arange(n_past + tokens.size(1), device=tokens.device).expand(len(tokens), -1)
     positions = positions if n_pad is None else positions - n_pad[:, None]
-    settings |= dict(attention_mask=(positions >= 0).long(), past_key_values=cache)
+    settings |= dict(attention_mask=(positions >= 0).long())
     return model(tokens, position_ids=positions.clamp(min=0)[:, n_past:], **settings)
 
 
@@ -48,27 +47,28 @@ def forward(model, tokens, n_pad, cache=None, **settings):
 def rollout(model, prompts, max_new_tokens, eos_ids, temperature=1.0, generator=None):
     """The model's responses, as from `sdft.rollout`: completions (B, C) and mask (B, C)."""
     # Not by `generate`, to which the model's folder adds top_k, min_p, penalties, beams ...
-    torch.clear_autocast_cache()  # The weights may have moved since they were cast.
     tokens, n_pad = left_pad(prompts, model.device)  # (B, P)
     ends = torch.tensor(eos_ids, device=model.device).view(-1)
-    completions, cache, finished = tokens[:, :0], None, False
-    while completions.size(1) < max_new_tokens and not finished:
-        out = forward(model, tokens, n_pad, cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits[:, -1].float(), out.past_key_values  # (B, V)
+    P, n_past, settings = tokens.size(1), 0, dict(use_cache=True, logits_to_keep=1)
+    while tokens.size(1) < P + max_new_tokens and not torch.isin(tokens[:, P:], ends).any(1).all():
+        out = forward(model, tokens[:, n_past:], n_pad, n_past, **settings)
+        name = "cache" if "cache" in out else "past_key_values"  # It depends on the version.
+        settings[name] = out[name]
+        n_past, logits = tokens.size(1), out.logits[:, -1].float()  # (B, V)
         if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
+            token = logits.argmax(-1, keepdim=True)  # (B, 1)
         else:
-            tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        completions = torch.cat([completions, tokens], 1)
-        is_end = torch.isin(completions, ends).long()
-        finished = is_end.any(1).all()
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, token], 1)
+    is_end = torch.isin(tokens[:, P:], ends).long()
     mask = is_end.cumsum(1) - is_end == 0  # up to and including the first end token
-    return completions.where(mask, ends[0]), mask
+    return tokens[:, P:].where(mask, ends[0]), mask
 
 
 def completion_logits(model, prompts, completions):
     """Logits (B, C, V) of completions (B, C), as from `sdft.completion_logits`."""
-    torch.clear_autocast_cache()  # A rollout's casts have no graph: no gradient would pass them.
+    # Under autocast, casts made without gradients must not serve the pass that needs them.
+    torch.clear_autocast_cache()
     tokens, n_pad = left_pad(prompts, completions.device)
     tokens = torch.cat([tokens, completions[:, :-1]], 1)  # (B, P + C - 1)
     return forward(model, tokens, n_pad, use_cache=False, logits_to_keep=completions.size(1)).logits
@@ -115,6 +115,5 @@ def sdft_step(
     loss, _ = distill_loss(student, teacher, prompts, teacher_prompts, y, mask, divergence)
     loss.backward()
     clip_and_step(student, optimizer, loss.item())
-    if teacher is not None:
-        ema_update(teacher, student, alpha)
+    ema_update(teacher, student, alpha if teacher else 0.0)
     return loss.item()

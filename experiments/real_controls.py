@@ -10,9 +10,9 @@ chooses among three rates by accuracy on the new task alone.
 
 The controls are real_model.py's arms with what their names say changed, and the rate too where the
 grid has one. "facts alone" are without the other prompts in every batch, as the paper trains.
-"offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates; "sft
-+ KL" adds the KL to the base to SFT's loss. "paraphrased" trains on the first paraphrase too, so
-that its "paraphrase" is the second alone.
+"offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates;
+"sft + KL" adds the KL to the base to SFT's loss. "paraphrased" trains on the first paraphrase too,
+and its "paraphrase" is the second alone.
 """
 
 from dataclasses import replace
@@ -39,13 +39,15 @@ FAMILIES = {
     "offline": (OFFLINE, RATES[:3]),
 }
 GRID = [
-    arm(f"{family} at {lr:g}", family=family, split="_val", **fields | dict(lr=lr))
+    (family, f"{family} at {lr:g}", fields | dict(lr=lr))
     for family, (fields, rates) in FAMILIES.items()
     for lr in rates
 ]
-GRID += [
-    arm(f"sft + KL at weight {w:g}", family="sft + KL", split="_val", **SFT | dict(kl_weight=w))
-    for w in (0.1, 0.3, 1.0)
+WEIGHTS = (0.1, 0.3, 1.0)
+GRID += [("sft + KL", f"sft + KL at weight {w:g}", SFT | dict(kl_weight=w)) for w in WEIGHTS]
+GRID = [
+    dict(arm=label, name=f"grid, {label}", family=family, split="_val", **fields)
+    for family, label, fields in GRID
 ]
 
 THEN, ALONE = dict(then="tools"), dict(n_other=0)
@@ -75,17 +77,10 @@ ONCE = [
     arm("oracle, the paper's template", reads="paper"),
 ]
 
-
-REAL_GRID = replace(
-    REAL_MODEL, name="real_grid", arms=GRID, columns=["new", "prior"], then_columns=(), figure=None
-)
-REAL_CONTROLS = replace(
-    REAL_MODEL,
-    name="real_controls",
-    arms=CONTROLS + ONCE,
-    once=[row["arm"] for row in ONCE],
-    figure=None,
-)
+GRID_ONLY = dict(columns=["new", "prior"], then_columns=(), quick=("sft at 5e-05",))
+REAL_GRID = replace(REAL_MODEL, name="real_grid", arms=GRID, figure=None, **GRID_ONLY)
+ONLY = dict(once=[row["arm"] for row in ONCE], quick=("sft at 5e-05",))
+REAL_CONTROLS = replace(REAL_MODEL, name="real_controls", arms=CONTROLS + ONCE, figure=None, **ONLY)
 
 if __name__ == "__main__":
     runner.main(__doc__, REAL_GRID, REAL_CONTROLS)

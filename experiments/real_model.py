@@ -16,20 +16,18 @@ The data were written for this project, and every fact in them is made up:
     real_tools   48 requests with the expert's call of one of four tools; 32 more in real_tools_test
     ..._val      24 other facts and 46 other prior questions, to choose the rates
 
-Answers are greedy and correct if they hold the expected words. "instructions" are judged by IFEval's
-checkers (instructions.py). KL is KL(model ‖ base), in nats per response. "prior at .90" is the
-prior accuracy as soon as nine tenths of the facts are known, looked at every 8 updates; "words" is
-the length of answers to prior questions, "ended" the share of them that end. The trained arms go on
-with a second task at the same rate, for which a teacher reads the demonstration.
+Answers are greedy and correct if they hold the expected words. "instructions" are judged by the
+checkers of IFEval (instructions.py). KL is KL(model ‖ base), in nats per response. "prior at .90"
+is the prior accuracy as soon as nine tenths of the facts are known, looked at every 8 updates;
+"words" is the length of answers to prior questions, "ended" the share of them that end. The trained
+arms go on with a second task at the same rate, for which a teacher reads the demonstration.
 """
 
-import contextlib
 import copy
 import functools
 import importlib.metadata
 import itertools
 import json
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,11 +36,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import scoring, watch
+from data.files import append, write_whole
 from experiments import hf_loop, instructions, report, runner
 from experiments.common import options
 from experiments.hf_loop import chat, completion_logits, distill_loss, eos_ids, rollout, sdft_step
 from sdft import clip_and_step, ema_update, sft_loss, student_context, teacher_context
-from train_toy import write_whole
 
 HERE = Path(__file__).parent
 MAX_NEW_TOKENS, MAX_NEW_TRAINED = 32, 20  # of an answer, and of a rollout in training
@@ -78,7 +76,7 @@ SDFT = dict(method="sdft", lr=2.5e-5, steps=112, alpha=0.02)
 
 
 def arm(name, **fields):
-    """A row for runner.py, in which `measure` finds its name too."""
+    """A row for runner.py; `name` is for the files that `measure` writes."""
     return dict(arm=name, name=name, **fields)
 
 
@@ -310,16 +308,14 @@ def scores(model, tokenizer, asked):
     return metrics, responses
 
 
-@contextlib.contextmanager
-def precision():
-    """Forward passes in --dtype."""
+def measure(seed, **fields):
+    """Metrics of one arm on one seed, with forward passes in --dtype."""
     with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        yield
+        return measure_arm(seed, **fields)
 
 
-@precision()
-def measure(seed, name, reads="question", then=None, split="", **training):
-    """One arm on one seed: the base, or a student with the fields of `Training`."""
+def measure_arm(seed, name, reads="question", then=None, split="", **training):
+    """`training` has the fields of `Training`; without any it is the base that is measured."""
     base, tokenizer = load(options.model)
     instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
     training = Training(**training) if training else None
@@ -364,8 +360,9 @@ def train(student, base, tokenizer, facts, asked, seed, name, training):
     of a teacher that learns {"teacher at 8": the share that it knows with its text}.
     """
     folder = options.out_dir / "real_model_runs" / f"{name}, seed {seed}"
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        (folder / file).unlink(missing_ok=True)  # of an earlier run
     config = {"arm": name, "seed": seed, **asdict(training)}
     config |= {flag: getattr(options, flag) for flag in ("model", "dtype", "device")}
     (folder / "results.json").write_text(json.dumps({"config": config}), encoding="utf-8")
@@ -385,11 +382,13 @@ def train(student, base, tokenizer, facts, asked, seed, name, training):
         if step in (0, training.steps):
             about = dict(phase=name, skill=None, step=step)
             metrics, samples = watch.look(*models, rows, decode, is_correct, **settings, **about)
+            if isinstance(settings["eos_id"], list):
+                metrics.pop("never_ended")  # the look knows one end only
             metrics |= {axis: accuracy(student, asked[axis]) for axis in AXES}
             looks.append(about | {"loss": loss} | metrics)
             looks[-1]["warnings"] = watch.warnings(looks)
-            watch.append(folder / "metrics.jsonl", looks[-1:])
-            watch.append(folder / "samples.jsonl", samples)
+            append(folder / "metrics.jsonl", looks[-1:])
+            append(folder / "samples.jsonl", samples)
             for sentence in looks[-1]["warnings"]:
                 print(f"  {name}, seed {seed}  warning: {sentence}", flush=True)
         if step and (step % 8 == 0 or step == training.steps):
@@ -440,6 +439,7 @@ REAL_MODEL = runner.Experiment(
     name="real_model",
     arms=ARMS,
     measure=measure,
+    bases=(),
     columns=COLUMNS,
     then_columns=["then tools", "then new", "then prior", "then instructions"],
     figure=figure,
