@@ -68,8 +68,13 @@ def load(path):
 def code_of(paths):
     """A number that changes with the content of files, but not with code's comments or layout."""
     texts = [path.read_text(encoding="utf-8") for path in paths]
-    code = [ast.dump(ast.parse(t)) if p.suffix == ".py" else t for p, t in zip(paths, texts)]
-    return zlib.crc32("".join(code).encode())
+    parts = [bare(text) if path.suffix == ".py" else text for path, text in zip(paths, texts)]
+    return zlib.crc32("".join(parts).encode())
+
+
+@functools.cache
+def bare(code):
+    return ast.dump(ast.parse(code))
 
 
 # --- Training ------------------------------------------------------------------------------------

@@ -74,9 +74,10 @@ def judge(claim, metrics):
     """
 
     def values(cell):
+        cell = claim.get(cell, cell)
         if re.fullmatch(r"[\d.]+", cell):
             return float(cell)
-        arm, _, metric = claim.get(cell, cell).partition(": ")
+        arm, _, metric = cell.partition(": ")
         found = metrics[arm][metric or claim["metric"]]
         return found if isinstance(found, str) else np.array(found)
 

@@ -18,8 +18,12 @@ def nothing():
     pass
 
 
+def prepare():
+    os.environ["PREPARED"] = str(os.getpid())
+
+
 def identify(x):
-    return x, os.getpid()
+    return x, os.getpid(), os.environ["PREPARED"]
 
 
 def wait_for_ever(name):
@@ -27,13 +31,15 @@ def wait_for_ever(name):
     time.sleep(200)
 
 
-def test_every_task_is_done_once_in_several_processes():
+def test_every_task_is_done_once_in_a_process_that_is_set_up(monkeypatch):
     """With one job in this process, otherwise in others."""
+    monkeypatch.setenv("PREPARED", "")
     tasks = [(identify, x) for x in range(4)]
     for jobs in (1, 2):
-        results = [*processes.in_processes(tasks, jobs, nothing)]
-        assert sorted(x for x, _ in results) == [0, 1, 2, 3]
-        assert ({pid for _, pid in results} == {os.getpid()}) == (jobs == 1)
+        results = [*processes.in_processes(tasks, jobs, prepare)]
+        assert sorted(x for x, *_ in results) == [0, 1, 2, 3]
+        assert all(prepared == str(pid) for _, pid, prepared in results)
+        assert ({pid for _, pid, _ in results} == {os.getpid()}) == (jobs == 1)
 
 
 def start_two(folder):
