@@ -20,8 +20,8 @@ from data import toy
 from data.files import write_whole
 from experiments import worlds
 from model import GPT, GPTConfig
-from sdft import distill_loss, rollout
-from train_toy import MODEL, evaluate, fine_tune, pretrain
+from sdft import clip_and_step, completion_logits, distill_loss, rollout, sft_loss
+from train_toy import MODEL, adamw, evaluate, fine_tune, pretrain, set_learning_rate
 
 BATCH_SIZE = 32
 ROOT = Path(__file__).parent.parent
@@ -47,12 +47,27 @@ def base(seed, world="skills", **sizes):
         model.load_state_dict(saved["model"])
         return model
     print(f"pretraining a base: {path}", flush=True)
-    for _ in pretrain(model, functools.partial(draw_batch, seed=seed), seed, steps):
+    learn = pretrain_on_targets if world == "search" else pretrain
+    for _ in learn(model, functools.partial(draw_batch, seed=seed), seed, steps):
         pass
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {"config": config, "model": model.state_dict()}
     write_whole(path, lambda tmp: torch.save(saved, tmp))
     return model
+
+
+def pretrain_on_targets(model, draw_batch, seed, steps):
+    """As train_toy.pretrain, in a world that says which tokens (n, C) of its answers are targets."""
+    lr, rng = 2e-3, np.random.default_rng([seed, 1])
+    optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(1, steps + 1):
+        set_learning_rate(optimizer, lr, step, steps, warmup=50)
+        prompts, answers, is_target = draw_batch(rng, 128)
+        tokens, mask = torch.from_numpy(answers), torch.from_numpy(is_target)
+        loss = sft_loss(completion_logits(model, prompts, tokens), tokens, mask)
+        loss.backward()
+        clip_and_step(model, optimizer, loss.item())
+        yield step, loss.item()
 
 
 def load(path):
