@@ -1,28 +1,28 @@
 """Where mistakes compound: the expert knows what the student can only find by trying.
 
-The paper (Sec. 4.2, Fig. 6): off-policy training never visits the model's own mistakes, so on-policy
-learns more than the same loss on the teacher's responses, and SFT on those less still. In the other
-worlds here every error is fatal, or what follows it is no different. Here errors are all there is to
-learn from: see "search" in worlds.py. The base can check an attempt, and on prior skills it tries
-until it has found the answer, but on skill X it gives up after a failure.
+The paper (Sec. 4.2, Fig. 6): off-policy training never visits the model's own mistakes, which
+compound; on-policy learns more than the same loss on the teacher's responses, and SFT on those less
+still. In this project's other worlds a mistake is fatal, or what follows it is nothing new. Here
+mistakes are all that there is to learn from, see "search" in worlds.py: on prior skills the base
+tries until it has found the answer, on skill X it gives up after a failure.
 
-    python -m experiments.search             # one seed at the chosen rates
-    python -m experiments.search --seeds 5 --all_rates
+    python -m experiments.search --seeds 5
+    python -m experiments.search search    # at the chosen rates only, one seed: a few minutes
 
-Responses are sampled at temperature 1, to unseen questions of X, but for "greedy". "found": the right
-symbol is the last of at most five; blind search finds .50. "gave up": it ends before, without it.
-"prior" is the same on A and B, "honest" the share of attempts with the right result, "first" the
-share of right first attempts, "by heart" the same on the training questions. "found at 20" is after
-20 of the 160 updates. A base that fails `gates` is an error.
+search        SDFT, with the reverse or the forward KL, an EMA teacher or a frozen one. "offline"
+              has the same loss on the teacher's responses, "stale" on the base's, drawn once,
+              "forced failures" on the teacher's after 0 to 5 failures. SFT on the expert's
+              demonstrations, on the teacher's responses, or on those of someone who has to search
+search_rates  The same at every rate, from which `CHOSEN` was chosen on validation questions
 
-sdft                EMA teacher or frozen, reverse or forward KL
-offline             the same loss on the teacher's responses
-stale               on the base's, drawn once: on-policy at the start only
-forced failures     on the teacher's, after 0 to 5 failures that it is made to begin with
-sft                 on the expert's demonstrations, on the teacher's responses, or on demonstrations
-                    of someone who has to search as well
+All is asked on unseen questions, ten times, at temperature 1. "found": the right symbol is the last
+of at most five; blind search finds .50. "gave up": it ends before that. "honest" is the share of
+attempts with the right result, "first" the share of right first attempts, "train first" that on the
+training questions: what is known by heart. "prior" is on A and B, "found at 20" after 20 of the 160
+updates. A base that fails one of the `gates` is an error.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -46,6 +46,12 @@ from train_toy import sft
 worlds.WORLDS |= {"search": (search_batch, 1800)}
 LOOKS = (5, 10, 20, 40, 80, 160)  # updates after which X's test questions are asked
 
+GATES = {  # what a base has to be able to do: lowest and highest value
+    "honest": (0.97, 1),  # right results after 0 to 4 failures, the worst skill and place
+    "teacher": (0.95, 1),  # probability of the right symbol after 0 to 4 failures, the worst
+    "prior found": (ATTEMPTS / 10 - 0.03, ATTEMPTS / 10 + 0.03),  # what blind search finds
+    "gives up": (0.7, 1),  # on X
+}
 
 # --- The arms ------------------------------------------------------------------------------------
 
@@ -64,26 +70,24 @@ def sft_on_texts(student, teacher, batch, generator, texts):
 
 
 def draw_texts(start, data, seed):
-    """Responses to the training questions (n, C) by the base in either role."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda prompts: respond(start, prompts, 1.0, generator)
-    return {
-        "base's": draw(data["prompts"]),
-        "teacher's": draw(data["teacher_prompts"]),
-        "after failures": draw_after_failures(draw, data, seed),
-    }
+    """Responses to the training questions (n, C) by the base in either role, drawn once.
 
-
-def draw_after_failures(draw, data, seed):
-    """The teacher's responses (n, C) that begin with 0 to ATTEMPTS failures."""
+    "after failures" are the teacher's that begin with 0 to ATTEMPTS failures.
+    """
     rng, n = np.random.default_rng([seed, 8]), len(data["prompts"])
     failures = searches(rng, data["tables"], data["demonstrations"][:, 0], np.full(n, ATTEMPTS))
     begun = [row[: 2 * k] for row, k in zip(failures, rng.integers(ATTEMPTS + 1, size=n))]
-    drawn = draw([[*prompt, *row] for prompt, row in zip(data["teacher_prompts"], begun)])
-    texts = np.full((n, 2 * ATTEMPTS + drawn.shape[1]), toy.EOS)
-    for text, first, rest in zip(texts, begun, drawn):
-        text[: len(first) + len(rest)] = [*first, *rest]
-    return texts[:, : 2 * ATTEMPTS + 1]
+    told = [[*prompt, *row] for prompt, row in zip(data["teacher_prompts"], begun)]
+    generator = torch.Generator().manual_seed(seed)
+    base, teacher, rest = (
+        respond(start, prompts, 1.0, generator)
+        for prompts in (data["prompts"], data["teacher_prompts"], told)
+    )
+    after = np.full((n, 2 * ATTEMPTS + rest.shape[1]), toy.EOS)
+    for row, first, then in zip(after, begun, rest):
+        row[: len(first) + len(then)] = [*first, *then]
+    after = after[:, : 2 * ATTEMPTS + 1]
+    return {"base's": base, "teacher's": teacher, "after failures": after}
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -114,74 +118,74 @@ def after_failures(start, data, prompts):
 
 
 def gates(start, seed, times=25):
-    """What the base has to be able to do: {gate: (value, lowest, highest)}.
-
-    honest       how often it takes the right result, of the worst skill at the worst place
-    teacher      its probability of the right symbol after 0, 1, 2 ... failures, the worst
-    prior found  what blind search finds, on the prior skills
-    gives up     on X
-    """
+    """What GATES name, of a base."""
     honest = []
     for name in SEARCHED:
         tokens, probs = after_failures(start, search(name, "test", seed), "prompts")
-        honest += [*(probs.argmax(-1) == tokens)[:, 1::2].mean(0)]
+        honest += [*(probs.argmax(-1) == tokens)[:, 1::2].mean(0)]  # by place
     data = search("X", "train", seed)
-    _, probs = after_failures(start, data, "teacher_prompts")
     right = data["demonstrations"][:, :1, None]  # (n, 1, 1)
-    teacher = np.take_along_axis(probs[:, 0:-1:2], right, 2).mean((0, 2))  # (ATTEMPTS,)
-    blind = ATTEMPTS / 10
-    prior = np.mean([ask(start, search(name, "train", seed), times)["found"] for name in "AB"])
-    gives_up = ask(start, search("X", "test", seed), 10)["gave up"]
+    probs = after_failures(start, data, "teacher_prompts")[1][:, 0:-1:2]  # (n, ATTEMPTS, V)
     return {
-        "honest": (min(honest), 0.97, 1),
-        "teacher": (min(teacher), 0.95, 1),
-        "prior found": (prior, blind - 0.03, blind + 0.03),
-        "gives up": (gives_up, 0.7, 1),
+        "honest": min(honest),
+        "teacher": np.take_along_axis(probs, right, 2).mean((0, 2)).min(),
+        "prior found": ask(start, prior_questions("train", seed), times)["found"],
+        "gives up": ask(start, search("X", "test", seed), 10)["gave up"],
     }
 
 
+@functools.cache
 def fit_base(seed):
     """The seed's base, and its gates as metrics. Raises ValueError if it fails one."""
     start = base(seed, "search")
     passed = gates(start, seed)
-    for gate, (value, lowest, highest) in passed.items():
-        if not lowest <= value <= highest and not options.quick:
+    for gate, (lowest, highest) in GATES.items():
+        if not lowest <= passed[gate] <= highest and not options.quick:
             raise ValueError(
-                f"the base of seed {seed} is not fit: {gate!r} is {value:.3f}, not {lowest:g} to "
-                f"{highest:g}, and nothing can be measured on it; leave this seed out"
+                f"the base of seed {seed} is not fit: {gate!r} is {passed[gate]:.3f}, not {lowest} "
+                f"to {highest}, and nothing can be measured on it; leave this seed out"
             )
-    return start, {f"gate: {gate}": value for gate, (value, _, _) in passed.items()}
+    return start, {f"gate: {gate}": value for gate, value in passed.items()}
 
 
 def measure(seed, settings=None):
-    student, metrics = fit_base(seed)
-    test = search("X", "test", seed)
+    start, passed = fit_base(seed)
     if settings is None:
-        print(f"seed {seed}:", "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)
-        return metrics | scores(student, test, seed)
+        print(f"seed {seed}:", "  ".join(f"{k} {v:.3f}" for k, v in passed.items()), flush=True)
+        return passed | scores(start, seed)
     data = search("X", "train", seed)
-    data |= draw_texts(student, data, seed)
-    student, _, updates = training(student, data, seed, **settings)
-    metrics, done = {}, 0
+    data |= draw_texts(start, data, seed)
+    student, _, updates = training(start, data, seed, **settings)
+    test, metrics, done = search("X", "test", seed), {}, 0
     for look in LOOKS:
         for _ in itertools.islice(updates, look - done):
             pass
         done = look
         metrics |= {f"{key} at {look}": value for key, value in ask(student, test, 10).items()}
-    return metrics | scores(student, test, seed)
+    return metrics | scores(student, seed)
 
 
-def scores(model, test, seed):
-    train, val = search("X", "train", seed), search("X", "val", seed)
-    prior = lambda split, times: [ask(model, search(k, split, seed), times) for k in "AB"]
-    mean = lambda several: {key: np.mean([one[key] for one in several]) for key in several[0]}
-    metrics = ask(model, test, 10)
-    metrics |= {f"greedy {key}": value for key, value in ask(model, test, 0).items()}
-    metrics |= {f"prior {key}": value for key, value in mean(prior("test", 5)).items()}
-    metrics["prior greedy found"] = mean(prior("test", 0))["found"]
-    metrics |= {"val found": ask(model, val, 20)["found"]}
-    metrics |= {"val prior found": mean(prior("val", 10))["found"]}
-    return metrics | {"by heart": ask(model, train, 5)["first"]}
+def scores(model, seed):
+    """`ask` of all questions, sampled 5 to 20 times and greedy."""
+    test, prior = search("X", "test", seed), prior_questions("test", seed)
+    asked = {
+        "": (test, 10),
+        "greedy ": (test, 0),
+        "prior ": (prior, 5),
+        "prior greedy ": (prior, 0),
+    }
+    asked |= {"val ": (search("X", "val", seed), 20), "train ": (search("X", "train", seed), 5)}
+    asked |= {"val prior ": (prior_questions("val", seed), 10)}
+    return {
+        prefix + key: value
+        for prefix, (data, times) in asked.items()
+        for key, value in ask(model, data, times).items()
+    }
+
+
+def prior_questions(split, seed):
+    a, b = (search(name, split, seed) for name in "AB")
+    return {key: np.concatenate([a[key], b[key]]) for key in a}
 
 
 # --- The experiments -----------------------------------------------------------------------------
@@ -225,7 +229,15 @@ SEARCH = runner.Experiment(
     name="search",
     arms=[dict(arm="base"), *grid({k: [CHOSEN[k]] for k in METHODS}, METHODS), *HIGHEST],
     measure=measure,
-    columns=["found", "greedy found", "attempts", "gave up", "honest", "prior found", "by heart"],
+    columns=[
+        "found",
+        "greedy found",
+        "attempts",
+        "gave up",
+        "honest",
+        "prior found",
+        "train first",
+    ],
     bases=[dict(world="search")],
     figure=figure,
 )
@@ -233,7 +245,7 @@ SEARCH_RATES = runner.Experiment(
     name="search_rates",
     arms=grid(dict.fromkeys(METHODS, RATES), METHODS),
     measure=measure,
-    columns=["val found", "found", "gave up", "prior found", "by heart"],
+    columns=["val found", "found", "gave up", "prior found", "train first"],
     bases=[dict(world="search")],
     choose_by=("val found", "val prior found"),
 )
