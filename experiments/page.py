@@ -7,11 +7,6 @@ A RUN is the --out_dir of a training. The page is one file; it needs no server a
 shows what it finds, and says what is missing, of samples.jsonl and metrics.jsonl (data/watch.py),
 and of results.json: "config"; the "command" that made the run; and under any other name scores
 {name: number}, or a list of them, each with what it is "after".
-
-A picture of the section "One update", which opens with what there is to learn:
-
-    chromium --headless --no-sandbox --hide-scrollbars --window-size=900,840 \\
-        --screenshot=experiments/figures/page.png out/toy/page.html#update
 """
 
 import argparse
@@ -27,21 +22,16 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 FILES = ("results.json", "metrics.jsonl", "samples.jsonl")
 MAX_RESPONSES = 12  # of an arm to a prompt
 MAX_POINTS = 100  # of a curve
-PANELS = (  # title, metrics, top of the scale of a share, what it says
+PANELS = (  # title, metrics, top of the scale if it is a share, what it says
     ("Loss", ["loss"], None, "Nats per token. Arms train on different losses."),
     ("New task", ["new"], 1, "Share of correct answers on what is being learned."),
-    ("Prior abilities", ["prior"], 1,
-     "Correct answers on what is never trained on. A large point marks where forgetting began."),
-    ("Teacher's accuracy", ["teacher_accuracy"], 1,
-     "With the demonstration in its prompt. A student learns no more than its teacher can do."),
-    ("KL to the base", ["kl_student_base", "kl_teacher_base"], None,
-     "Distance of each role from the model before training, in nats per token."),
-    ("Entropy", ["student_entropy", "teacher_entropy"], None,
-     "How unsure each role is of the next token, in nats."),
+    ("Prior abilities", ["prior"], 1, "Never trained on. A large point: here forgetting began."),
+    ("Teacher's accuracy", ["teacher_accuracy"], 1, "The student learns no more than that."),
+    ("KL to the base", ["kl_student_base", "kl_teacher_base"], None, "In nats per token."),
+    ("Entropy", ["student_entropy", "teacher_entropy"], None, "Of the next token, in nats."),
     ("Length", ["response_length"], None, "Tokens per response. A jump tells of a collapse."),
     ("Never ended", ["never_ended"], 1, "Share of responses that were cut off."),
-    ("Correct rollouts", ["rollouts_correct"], 1,
-     "Share of sampled responses. Near 0 is a cold start: nothing correct is ever sampled."),
+    ("Correct rollouts", ["rollouts_correct"], 1, "Near 0: a cold start, nothing to build on."),
 )  # fmt: skip
 
 
@@ -84,7 +74,7 @@ def read_runs(folders):
             except ValueError:
                 notes.append(f"{folder / 'results.json'} is damaged: there are no settings.")
         run = f", {folder}" if len(folders) > 1 else ""
-        for name in rows.keys() & there:
+        for name in [name for name in there if name in rows]:
             found, n_damaged = samples.read(folder / name)
             if n_damaged:
                 notes.append(f"{folder / name} has damaged lines, which are left out: {n_damaged}.")
@@ -153,12 +143,8 @@ def render(results, metrics, samples, notes):
 
 
 def warnings(metrics):
-    """Each sentence of an arm once, with the first time."""
-    first = {}
-    for row in metrics:
-        for sentence in row.get("warnings") or []:
-            first.setdefault((row["arm"], sentence), when(row))
-    return [f"{arm}, {at}: {sentence}" for (arm, sentence), at in first.items()]
+    found = [(row, sentence) for row in metrics for sentence in row.get("warnings") or []]
+    return [f"{row['arm']}, {when(row)}: {sentence}" for row, sentence in found]
 
 
 def by_prompt(samples):

@@ -4,7 +4,7 @@ A picture of the section "One update", 900 points wide:
 
     from selenium import webdriver
     options = webdriver.ChromeOptions()
-    for flag in ("--headless", "--no-sandbox", "--window-size=940,1200"):
+    for flag in ("--headless", "--no-sandbox", "--window-size=920,2000"):
         options.add_argument(flag)
     browser = webdriver.Chrome(options=options)
     browser.get(Path("out/toy/page.html").resolve().as_uri())
@@ -166,10 +166,10 @@ def test_page_tells_where_forgetting_began(tmp_path, prior, words):
 
 
 def test_warnings_results_and_settings_stand_in_full(run):
-    """A warning once, with the first time; all scores; the command."""
+    """Every warning, with its time; all scores; the command; the settings."""
     text = written(run)[0]
     warned = re.search(r'<ul class="warn">(.*?)</ul>', text, re.S).group(1)
-    assert warned.count("<li>") == 2 and f"SDFT, X, step 5: {html.escape(EVIL)}" in warned
+    assert warned.count("<li>") == 4 and f"SDFT, Y, step 5: {html.escape(EVIL)}" in warned
     cells = " ".join(found(text, "settings", "td"))
     assert cells.startswith("base 0.5 – sdft, after X 0.9375 – sdft, after Y – 1 same 1 lr 0.001")
     assert "python x.py --lr 0.001" in found(text, "settings", "div")[0]
@@ -280,8 +280,9 @@ def test_browser_shows_every_response(opened, run):
             assert texts(opened, "#student-prompt") == [row["prompt"]]
             assert texts(opened, "#teacher-prompt") == [row["teacher_prompt"]]
             assert texts(opened, "#teacher-prompt mark") == [row["demonstration"]]
-            assert f"step {row['step']}; expected: {EVIL}" in texts(opened, "#verdict")[0]
-            assert ("correct" in texts(opened, "#verdict")[0]) == row["correct"]
+            verdict = "✓ correct" if row["correct"] else "✗ wrong"
+            said = f"X, step {row['step']}: {verdict}, expected {EVIL}"
+            assert texts(opened, "#verdict") == [said]
     assert opened.execute_script("return window.ran === undefined && !document.images.length")
 
 
