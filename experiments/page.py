@@ -4,7 +4,7 @@
     python -m experiments.page out/a out/b --out both.html   # several runs, overlaid
 
 A RUN is the --out_dir of a training. The page is one file; it needs no server and no network. It
-shows what it finds, and says what is missing, of samples.jsonl and metrics.jsonl (data/watch.py),
+shows what it finds, and says what is missing, of samples.jsonl and metrics.jsonl (data/README.md),
 and of results.json: "config"; the "command" that made the run; and under any other name scores
 {name: number}, or a list of them, each with what it is "after".
 """
@@ -16,7 +16,7 @@ import math
 import sys
 from pathlib import Path
 
-from data import samples, watch
+from data import files, watch
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 FILES = ("results.json", "metrics.jsonl", "samples.jsonl")
@@ -44,13 +44,11 @@ def main(argv=None):
     out = args.out or args.runs[0] / "page.html"
     try:
         page = render(*read_runs(args.runs))
-        out.write_text(page, encoding="utf-8", errors="replace")
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+        files.write_whole(out, lambda tmp: tmp.write_text(page, "utf-8", errors="replace"))
     except KeyError as e:
         sys.exit(f"error: a row of metrics.jsonl or samples.jsonl has no {e}; take it out")
-    except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}; choose another RUN or --out")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
     print(f"open {out} in a browser ({len(page) / 1e3:.0f} kB)")
 
 
@@ -63,8 +61,8 @@ def read_runs(folders):
     for folder in folders:
         there = [name for name in FILES if (folder / name).is_file()]
         if not there:
-            files = ", ".join(FILES)
-            raise ValueError(f"{folder} holds no run (none of {files}); name a run's --out_dir")
+            names = ", ".join(FILES)
+            raise ValueError(f"{folder} holds no run (none of {names}); name a run's --out_dir")
         notes += [f"{folder} has no {name} yet." for name in FILES if name not in there]
         results[str(folder)] = {}
         if "results.json" in there:
@@ -75,7 +73,7 @@ def read_runs(folders):
                 notes.append(f"{folder / 'results.json'} is damaged: there are no settings.")
         run = f", {folder}" if len(folders) > 1 else ""
         for name in [name for name in there if name in rows]:
-            found, n_damaged = samples.read(folder / name)
+            found, n_damaged = files.read(folder / name)
             if n_damaged:
                 notes.append(f"{folder / name} has damaged lines, which are left out: {n_damaged}.")
             for row in found:
@@ -157,7 +155,8 @@ def by_prompt(samples):
             sides.setdefault("teacher" + row["run"], row)
             continue
         # The model before training is an arm's student at step 0 of what it learns first.
-        if row["step"] == 0 and row["skill"] == first_skill.setdefault(row["arm"], row["skill"]):
+        skill = row.get("skill")
+        if row["step"] == 0 and first_skill.setdefault(row["arm"], skill) == skill:
             sides.setdefault("base" + row["run"], row)
         arms.setdefault(row["arm"], []).append(row)
         sides[row["arm"]] = row
@@ -187,7 +186,7 @@ def scores(run, results):
     for name, found in results.items():
         for row in found if isinstance(found, list) else [found]:
             if name != "config" and isinstance(row, dict):
-                label = f"{name}, after {row['after']}" if "after" in row else name
+                label = name if row is found else f"{name}, after {row['after']}"
                 rows.append((label, {k: f"{v:.4g}" for k, v in row.items() if is_number(v)}))
     columns = dict.fromkeys(name for _, numbers in rows for name in numbers)
     cells = [[label, *(numbers.get(name, "–") for name in columns)] for label, numbers in rows]

@@ -21,7 +21,7 @@ import tempfile
 import pytest
 import torch
 
-from data import samples
+from data import files, watch
 from experiments import page
 
 EVIL = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 1'><!-- sides -->"
@@ -33,7 +33,7 @@ STEPS = (0, 5, 10)
 
 
 def decode(ids):
-    return b"".join(VOCAB[i] for i in ids)
+    return b"".join(VOCAB[i] for i in ids).decode("utf-8", "backslashreplace")
 
 
 def make_samples(skill="X", steps=STEPS):
@@ -43,10 +43,10 @@ def make_samples(skill="X", steps=STEPS):
         about = dict(phase=phase, skill=skill, step=step, kind=kind, prompt=prompt, expected=EVIL)
         about |= dict(teacher_prompt=f"{prompt} ex<b>ample =", demonstration="ex<b>ample")
         for role in ("student", "teacher") if step == 0 else ("student",):
-            tokens = torch.arange(len(VOCAB)).roll(step + (role == "teacher")).tolist()
+            tokens = torch.arange(len(VOCAB)).roll(step + len(phase + role)).tolist()
             logits = 3 * torch.randn(2, len(VOCAB), len(VOCAB), generator=random)
             about |= dict(role=role, correct=step > 0)
-            rows.append(samples.sample_row(tokens, *logits, decode, "reverse", **about))
+            rows.append(watch.sample_row(tokens, *logits, decode, "reverse", **about))
     return rows
 
 
@@ -64,10 +64,13 @@ def make_metrics(prior=(1.0, 0.95, 0.5)):
 def make_run(folder, lr=0.001):
     folder.mkdir()
     results = {"config": {"same": 1, "lr": lr, "evil": EVIL}, "command": f"python x.py --lr {lr}"}
-    results |= {"base": {"X": 0.5}, "sdft": [{"after": "X", "X": 0.9375}, {"after": "Y", "Y": 1}]}
+    results |= {
+        "base": {"after": "base", "X": 0.5},
+        "sdft": [{"after": "X", "X": 0.9375}, {"after": "Y", "Y": 1}],
+    }
     (folder / "results.json").write_text(json.dumps(results))
-    samples.append(folder / "metrics.jsonl", make_metrics())
-    samples.append(folder / "samples.jsonl", make_samples())
+    files.append(folder / "metrics.jsonl", make_metrics())
+    files.append(folder / "samples.jsonl", make_samples())
     return folder
 
 
@@ -91,29 +94,20 @@ def found(text, section, tag):
     return [html.unescape(re.sub(r"<[^>]*>", " ", part)).strip() for part in inner]
 
 
-# --- What the page shows --------------------------------------------------------------------------
-
-
 def test_page_has_every_row_of_the_students(run):
     """All of samples.jsonl but the teacher's stands on the page, unrounded, by prompt and arm."""
-    rows = [row for row in samples.read(run / "samples.jsonl")[0] if row["role"] == "student"]
-    assert len(rows) == 12
-    for arms, (prompt, _) in zip(written(run)[1], PROMPTS, strict=True):
-        assert [*arms] == ["SFT", "SDFT"]
-        for arm, shown in arms.items():
-            expected = [r for r in rows if (r["prompt"], r["phase"]) == (prompt, arm.lower())]
-            assert [{name: row[name] for name in expected[0]} for row in shown] == expected
+    rows = [row for row in files.read(run / "samples.jsonl")[0] if row["role"] == "student"]
+    shown = [row for arms in written(run)[1] for track in arms.values() for row in track]
+    assert len(shown) == len(rows) == 12
+    for row in rows:
+        assert row | {"arm": row["phase"].upper(), "run": ""} in shown
 
 
 def test_text_of_a_run_is_never_markup(run):
-    """Prompts, tokens, settings, warnings and the folder's name may hold HTML."""
+    """Prompts, tokens, settings, warnings and the folder's name may hold HTML; nothing is loaded."""
     text = written(run)[0]
     assert text.count("<script") == 2 and "<img" not in text and "a<b>" not in text
     assert text.count(html.escape(EVIL)) >= 4 and not re.search("<!-- [a-z]+ -->", text)
-
-
-def test_page_needs_no_network(run):
-    text = written(run)[0]
     assert "default-src 'none'" in text and "://" not in text
 
 
@@ -123,8 +117,8 @@ def test_answers_stand_side_by_side(run):
     assert found(text, "sides", "th") == ["prompt", "expected", "base", "SFT", "SDFT", "teacher"]
     prompt, expected, *answers = found(text, "sides", "td")[6:]
     assert (prompt, expected) == ("a prior question (prior)", EVIL)
-    base, *_, sft, _, _, _, sdft = [r for r in make_samples() if r["kind"] == "prior"]
-    _, teacher, *_ = [r for r in make_samples() if r["kind"] == "prior"]
+    rows = [row for row in make_samples() if row["kind"] == "prior"]
+    base, teacher, _, sft, _, _, _, sdft = rows
     for cell, row in zip(answers, (base, sft, sdft, teacher), strict=True):
         verdict = "✓ correct" if row["correct"] else "✗ wrong"
         assert cell.startswith(row["response"].strip())
@@ -134,7 +128,7 @@ def test_answers_stand_side_by_side(run):
 def test_a_later_skills_start_is_not_the_base(tmp_path):
     """By then the arm has been trained: the base's column stays empty."""
     later = [row | {"prompt": "later"} for row in make_samples(skill="Y")]
-    samples.append(tmp_path / "samples.jsonl", make_samples() + later)
+    files.append(tmp_path / "samples.jsonl", make_samples() + later)
     cells = found(written(tmp_path)[0], "sides", "td")
     assert "step 0" in cells[2] and cells[12:15:2] == ["later (new)", "–"]
 
@@ -146,23 +140,22 @@ def test_curves_follow_the_metrics(run):
     tips = found(text, "curves", "title")
     assert tips[:2] == ["SFT, loss, X, step 5: 4", "SFT, loss, X, step 10: 4"]
     lines = re.findall(r'<polyline points="([^"]*)" stroke-dasharray="([^"]*)"', text)
-    assert ("40.0,20.0 112.5,27.0 185.0,90.0 185.0,20.0 257.5,27.0 330.0,90.0", "none") in lines
-    assert {dashes for _, dashes in lines[-4:]} == {"none", "5 3"}
-    assert "learns Y" in found(text, "curves", "text") and "20 updates" in text
-    top = [label for label in found(text, "curves", "text") if label in ("4", "1", "0.25")]
-    assert top == ["4", "1", "1", "0.25"]
+    assert lines[4] == ("40.0,20.0 112.5,27.0 185.0,90.0 185.0,20.0 257.5,27.0 330.0,90.0", "none")
+    assert lines[7][1] == "5 3"  # the teacher's
+    labels = found(text, "curves", "text")
+    assert labels[:6] == ["0", "2", "4", "learns X", "learns Y", "20 updates"]
+    assert labels[6:9] == ["0", "0.5", "1"] and labels[20] == "0.25"
+    assert 'x1="185" x2="185" y1="20" y2="160"' in text
 
 
-@pytest.mark.parametrize(
-    "prior, words",
-    [((1, 0.95, 0.5), ": forgetting began at X, step 10 (prior 0.50)"), ((0.9, 0.85, 0.82), "")],
-)
-def test_page_tells_where_forgetting_began(tmp_path, prior, words):
+@pytest.mark.parametrize("prior, forgets", [((1, 0.95, 0.5), True), ((0.9, 0.85, 0.82), False)])
+def test_page_tells_where_forgetting_began(tmp_path, prior, forgets):
     """At the first look that is below the first one by more than the bound of data/watch.py."""
-    samples.append(tmp_path / "metrics.jsonl", make_metrics(prior))
+    files.append(tmp_path / "metrics.jsonl", make_metrics(prior))
     text = written(tmp_path)[0]
+    words = ": forgetting began at X, step 10 (prior 0.50)" if forgets else ""
     assert found(text, "curves", "li") == ["SFT" + words, "SDFT" + words]
-    assert re.findall(r'cx="([^"]*)" cy="90.0" r="8"', text) == ["185.0", "185.0"] * bool(words)
+    assert re.findall(r'cx="([^"]*)" cy="90.0" r="8"', text) == ["185.0", "185.0"] * forgets
 
 
 def test_warnings_results_and_settings_stand_in_full(run):
@@ -189,36 +182,33 @@ def test_several_runs_are_overlaid(run, tmp_path):
 
 def test_many_responses_are_thinned(tmp_path):
     """Twelve of an arm stay, with its first and its last."""
-    samples.append(tmp_path / "samples.jsonl", make_samples(steps=range(50)))
+    files.append(tmp_path / "samples.jsonl", make_samples(steps=range(50)))
     steps = [row["step"] for row in written(tmp_path)[1][0]["SFT"]]
     assert len(steps) == 12 == len({*steps}) and steps[0] == 0 and steps[-1] == 49
 
 
-# --- Bad input ------------------------------------------------------------------------------------
-
-
-def test_page_of_a_run_that_goes_on_or_is_damaged(tmp_path):
+def test_page_of_a_run_that_goes_on_or_is_damaged(tmp_path, run):
     """No metrics.jsonl yet, a last line that is being written, half of results.json."""
-    samples.append(tmp_path / "samples.jsonl", make_samples())
+    files.append(tmp_path / "samples.jsonl", make_samples())
     whole = (tmp_path / "samples.jsonl").read_bytes()
     (tmp_path / "samples.jsonl").write_bytes(whole[:-30])
     (tmp_path / "results.json").write_text('{"config": [1, ')
-    text, prompts = written(tmp_path)
+    text, prompts = written(tmp_path, run)
     assert "no metrics.jsonl yet" in text and "results.json is damaged" in text
     assert "samples.jsonl has damaged lines, which are left out: 1." in text
-    assert len(prompts[1]["SFT"]) == 3 and len(prompts[1]["SDFT"]) == 2
+    assert [len(prompts[1][f"{arm}, {tmp_path}"]) for arm in ("SFT", "SDFT")] == [3, 2]
 
 
 @pytest.mark.parametrize(
-    "files, words, sentence",
+    "texts, words, sentence",
     [
         ({}, [], "holds no run"),
         ({"metrics.jsonl": '{"step": 1}\n'}, [], "has no 'phase'"),
-        ({"metrics.jsonl": ""}, ["--out", "/none/p.html"], "No such file"),
+        ({"metrics.jsonl": ""}, ["--out", "/none/p.html"], "cannot write"),
     ],
 )
-def test_what_is_no_run_is_one_sentence(tmp_path, files, words, sentence):
-    for name, text in files.items():
+def test_what_is_no_run_is_one_sentence(tmp_path, texts, words, sentence):
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit, match=rf"^error: .*{sentence}.*; [^\n]*$"):
         page.main([str(tmp_path), *words])
@@ -231,17 +221,14 @@ def test_what_is_no_run_is_one_sentence(tmp_path, files, words, sentence):
 def browser():
     """Headless Chromium by its driver; a test skips if there is none."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
+    if not shutil.which("chromedriver"):
         pytest.skip("no browser; on Debian: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         for flag in ("headless", "no-sandbox", "disable-gpu", f"user-data-dir={profile}"):
             options.add_argument(f"--{flag}")
-        service = webdriver.ChromeService(executable_path=driver)
+        service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
         browser = webdriver.Chrome(options=options, service=service)
         yield browser
         browser.quit()
@@ -268,7 +255,7 @@ def texts(browser, selector):
 
 def test_browser_shows_every_response(opened, run):
     """For every prompt, arm and step both prompts and the tokens, as text and in order."""
-    for row in samples.read(run / "samples.jsonl")[0]:
+    for row in files.read(run / "samples.jsonl")[0]:
         if row["role"] == "student":
             choose(opened, "prompt", str([*map(list, PROMPTS)].index([row["prompt"], row["kind"]])))
             choose(opened, "arm", row["phase"].upper())
@@ -290,7 +277,7 @@ def test_pointer_and_keys_change_the_detail(opened, run):
     """It opens with the token that is most corrected, then shows that under pointer or focus."""
     from selenium.webdriver import ActionChains, Keys
 
-    row = next(r for r in samples.read(run / "samples.jsonl")[0] if r["phase"] == "sdft")
+    row = next(r for r in files.read(run / "samples.jsonl")[0] if r["phase"] == "sdft")
     divergences = [token["divergence"] for token in row["tokens"]]
     most = divergences.index(max(divergences))
     assert texts(opened, "#detail b")[0].startswith(f"Token {most + 1} of {len(VOCAB)}")
@@ -298,8 +285,9 @@ def test_pointer_and_keys_change_the_detail(opened, run):
     ActionChains(opened).move_to_element(tokens[0]).perform()
     assert texts(opened, "#detail b")[0].startswith("Token 1 of")
     tokens[1].send_keys(Keys.TAB)
-    assert texts(opened, "#detail b") == [f"Token 3 of {len(VOCAB)}: “שלום”. "]
     token, detail = row["tokens"][2], texts(opened, "#detail")[0]
+    said = SHOWN.get(token["text"], token["text"])
+    assert detail.startswith(f"Token 3 of {len(VOCAB)}: “{said}”. ")
     move = "raises" if token["push"] > 0.005 else "lowers" if token["push"] < -0.005 else "hardly"
     assert f"The update {move}" in detail
     assert f"log π_T − log π_S, is {token['reward']:.4g} nats" in detail
@@ -310,7 +298,8 @@ def test_pointer_and_keys_change_the_detail(opened, run):
     table = {text.removesuffix(" (said)"): p for text, *p in zip(*[iter(cells)] * 3)}
     for column, role in enumerate(("student", "teacher")):
         for _, text, p in [*token[f"{role}_top"], (0, token["text"], token[role])]:
-            assert table[SHOWN.get(text, text)][column] == f"{100 * p:.4g}%"
+            percent = f"{100 * p:.4g}%" if p >= 1e-4 else "<0.01%"
+            assert table[SHOWN.get(text, text)][column] == percent
 
 
 def test_page_fits_a_phone(opened):
@@ -325,7 +314,7 @@ def test_page_fits_a_phone(opened):
 def test_pages_without_responses_and_of_several_runs(browser, run, tmp_path):
     """No console error; without responses there is no update to look at."""
     (tmp_path / "a").mkdir()
-    samples.append(tmp_path / "a" / "metrics.jsonl", make_metrics())
+    files.append(tmp_path / "a" / "metrics.jsonl", make_metrics())
     written(tmp_path / "a")
     written(other := make_run(tmp_path / "b"), run, tmp_path / "a")
     for folder, shown in ((tmp_path / "a", False), (other, True)):
