@@ -20,7 +20,7 @@ from data import files, watch
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 FILES = ("results.json", "metrics.jsonl", "samples.jsonl")
-MAX_RESPONSES = 12  # of an arm to a prompt
+MAX_RESPONSES = 12  # of an arm to a prompt, as page.html says
 MAX_POINTS = 100  # of a curve
 PANELS = (  # title, metrics, top of the scale if it is a share, what it says
     ("Loss", ["loss"], None, "Nats per token. Arms train on different losses."),
@@ -68,8 +68,8 @@ def read_runs(folders):
         if "results.json" in there:
             try:
                 text = (folder / "results.json").read_text(encoding="utf-8")
-                results[str(folder)] = json.loads(text)
-            except ValueError:
+                results[str(folder)] = dict(json.loads(text))
+            except (ValueError, TypeError):
                 notes.append(f"{folder / 'results.json'} is damaged: there are no settings.")
         run = f", {folder}" if len(folders) > 1 else ""
         for name in [name for name in there if name in rows]:

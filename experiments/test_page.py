@@ -126,11 +126,13 @@ def test_answers_stand_side_by_side(run):
 
 
 def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm has been trained: the base's column stays empty."""
-    later = [row | {"prompt": "later"} for row in make_samples(skill="Y")]
-    files.append(tmp_path / "samples.jsonl", make_samples() + later)
+    """By then the arm has been trained: the base's column stays empty, as without a step 0."""
+    rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
+    rows += [row | {"prompt": "last"} for row in make_samples(steps=(5,))]
+    files.append(tmp_path / "samples.jsonl", rows)
     cells = found(written(tmp_path)[0], "sides", "td")
-    assert "step 0" in cells[2] and cells[12:15:2] == ["later (new)", "–"]
+    assert "step 0" in cells[2]
+    assert cells[12:15:2] == ["later (new)", "–"] and cells[24:27:2] == ["last (new)", "–"]
 
 
 def test_curves_follow_the_metrics(run):
