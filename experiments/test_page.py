@@ -28,7 +28,7 @@ EVIL = "</script><script>window.ran = 1</script><img src=x onerror='window.ran =
 VOCAB = [EVIL.encode(), b"\"quotes' &amp; <b>", "שלום".encode(), b"\xe2\x82", b"\n"]
 VOCAB += ["\u202eabc".encode(), "\u2028".encode(), b"<|end|>"]
 SHOWN = {"\n": "↵", "\u202eabc": "\\u202eabc", "\u2028": "\\u2028"}
-PROMPTS = [(EVIL, "new"), ("a prior question", "prior")]
+PROMPTS = [("a prior question", "prior"), (EVIL, "new")]
 STEPS = (0, 5, 10)
 
 
@@ -46,7 +46,8 @@ def make_samples(skill="X", steps=STEPS):
             tokens = torch.arange(len(VOCAB)).roll(step + len(phase + role)).tolist()
             logits = 3 * torch.randn(2, len(VOCAB), len(VOCAB), generator=random)
             about |= dict(role=role, correct=step > 0)
-            rows.append(watch.sample_row(tokens, *logits, decode, "reverse", **about))
+            divergence = {"new": "reverse", "prior": "jsd"}[kind]
+            rows.append(watch.sample_row(tokens, *logits, decode, divergence, **about))
     return rows
 
 
@@ -61,7 +62,7 @@ def make_metrics(prior=(1.0, 0.95, 0.5)):
     return rows
 
 
-def make_run(folder, lr=0.001):
+def make_run(folder, lr=0.001, steps=STEPS):
     folder.mkdir()
     results = {"config": {"same": 1, "lr": lr, "evil": EVIL}, "command": f"python x.py --lr {lr}"}
     results |= {
@@ -70,7 +71,7 @@ def make_run(folder, lr=0.001):
     }
     (folder / "results.json").write_text(json.dumps(results))
     files.append(folder / "metrics.jsonl", make_metrics())
-    files.append(folder / "samples.jsonl", make_samples())
+    files.append(folder / "samples.jsonl", make_samples(steps=steps))
     return folder
 
 
@@ -97,10 +98,9 @@ def found(text, section, tag):
 def test_page_has_every_row_of_the_students(run):
     """All of samples.jsonl but the teacher's stands on the page, unrounded, by prompt and arm."""
     rows = [row for row in files.read(run / "samples.jsonl")[0] if row["role"] == "student"]
-    shown = [row for arms in written(run)[1] for track in arms.values() for row in track]
-    assert len(shown) == len(rows) == 12
-    for row in rows:
-        assert row | {"arm": row["phase"].upper(), "run": ""} in shown
+    on_page = [row for arms in written(run)[1] for track in arms.values() for row in track]
+    assert len(on_page) == len(rows) == 12
+    assert all(row | {"arm": row["phase"].upper(), "run": ""} in on_page for row in rows)
 
 
 def test_text_of_a_run_is_never_markup(run):
@@ -115,10 +115,9 @@ def test_answers_stand_side_by_side(run):
     """Base is the answer before training, an arm's its last, the teacher's has its own prompt."""
     text = written(run)[0]
     assert found(text, "sides", "th") == ["prompt", "expected", "base", "SFT", "SDFT", "teacher"]
-    prompt, expected, *answers = found(text, "sides", "td")[6:]
+    prompt, expected, *answers = found(text, "sides", "td")[:6]
     assert (prompt, expected) == ("a prior question (prior)", EVIL)
-    rows = [row for row in make_samples() if row["kind"] == "prior"]
-    base, teacher, _, sft, _, _, _, sdft = rows
+    base, teacher, _, sft, *_, sdft = [row for row in make_samples() if row["kind"] == "prior"]
     for cell, row in zip(answers, (base, sft, sdft, teacher), strict=True):
         verdict = "✓ correct" if row["correct"] else "✗ wrong"
         assert cell.startswith(row["response"].strip())
@@ -132,7 +131,7 @@ def test_a_later_skills_start_is_not_the_base(tmp_path):
     files.append(tmp_path / "samples.jsonl", rows)
     cells = found(written(tmp_path)[0], "sides", "td")
     assert "step 0" in cells[2]
-    assert cells[12:15:2] == ["later (new)", "–"] and cells[24:27:2] == ["last (new)", "–"]
+    assert cells[12:15:2] == ["later (prior)", "–"] and cells[24:27:2] == ["last (prior)", "–"]
 
 
 def test_curves_follow_the_metrics(run):
@@ -255,17 +254,21 @@ def texts(browser, selector):
     return browser.execute_script(script, selector)
 
 
+def shown(token):
+    arrow = "" if abs(token["push"]) < 0.005 else "▲" if token["push"] > 0 else "▼"
+    return SHOWN.get(token["text"], token["text"]) + arrow
+
+
 def test_browser_shows_every_response(opened, run):
     """For every prompt, arm and step both prompts and the tokens, as text and in order."""
     for row in files.read(run / "samples.jsonl")[0]:
         if row["role"] == "student":
-            choose(opened, "prompt", str([*map(list, PROMPTS)].index([row["prompt"], row["kind"]])))
+            choose(opened, "prompt", ["prior", "new"].index(row["kind"]))
             choose(opened, "arm", row["phase"].upper())
             step = STEPS.index(row["step"])
-            opened.execute_script(f"document.querySelectorAll('#track button')[{step}].click()")
-            tokens = [SHOWN.get(token["text"], token["text"]) for token in row["tokens"]]
+            opened.find_elements("css selector", "#track button")[step].click()
             for selector in ("#response .token", f"#track div:nth-of-type({step + 1}) .token"):
-                assert [text.rstrip("▲▼") for text in texts(opened, selector)] == tokens
+                assert texts(opened, selector) == [shown(token) for token in row["tokens"]]
             assert texts(opened, "#student-prompt") == [row["prompt"]]
             assert texts(opened, "#teacher-prompt") == [row["teacher_prompt"]]
             assert texts(opened, "#teacher-prompt mark") == [row["demonstration"]]
@@ -275,11 +278,11 @@ def test_browser_shows_every_response(opened, run):
     assert opened.execute_script("return window.ran === undefined && !document.images.length")
 
 
-def test_pointer_and_keys_change_the_detail(opened, run):
+def test_pointer_and_keys_change_the_detail(opened):
     """It opens with the token that is most corrected, then shows that under pointer or focus."""
     from selenium.webdriver import ActionChains, Keys
 
-    row = next(r for r in files.read(run / "samples.jsonl")[0] if r["phase"] == "sdft")
+    row = next(r for r in make_samples() if r["phase"] == "sdft" and r["kind"] == "new")
     divergences = [token["divergence"] for token in row["tokens"]]
     most = divergences.index(max(divergences))
     assert texts(opened, "#detail b")[0].startswith(f"Token {most + 1} of {len(VOCAB)}")
@@ -288,20 +291,36 @@ def test_pointer_and_keys_change_the_detail(opened, run):
     assert texts(opened, "#detail b")[0].startswith("Token 1 of")
     tokens[1].send_keys(Keys.TAB)
     token, detail = row["tokens"][2], texts(opened, "#detail")[0]
-    said = SHOWN.get(token["text"], token["text"])
+    assert texts(opened, "#response [aria-current=true]") == [shown(token)]
+    said = shown(token).rstrip("▲▼")
     assert detail.startswith(f"Token 3 of {len(VOCAB)}: “{said}”. ")
-    move = "raises" if token["push"] > 0.005 else "lowers" if token["push"] < -0.005 else "hardly"
-    assert f"The update {move}" in detail
+    move = {"▲": "▲ The update raises", "▼": "▼ The update lowers"}
+    assert move.get(shown(token)[-1], "The update hardly") in detail
     assert f"log π_T − log π_S, is {token['reward']:.4g} nats" in detail
     assert f"diverge by {token['divergence']:.4g} nats" in detail
     heat = re.search(r"--heat: (.*)%", tokens[2].get_attribute("style")).group(1)
-    assert float(heat) == pytest.approx(100 * (token["divergence"] / 8) ** 0.5, 1e-4)
+    assert float(heat) == pytest.approx(100 * min(token["divergence"] / 8, 1) ** 0.5, 1e-4)
     cells = texts(opened, "#detail td")
     table = {text.removesuffix(" (said)"): p for text, *p in zip(*[iter(cells)] * 3)}
     for column, role in enumerate(("student", "teacher")):
         for _, text, p in [*token[f"{role}_top"], (0, token["text"], token[role])]:
             percent = f"{100 * p:.4g}%" if p >= 1e-4 else "<0.01%"
             assert table[SHOWN.get(text, text)][column] == percent
+
+
+def test_arm_and_step_stay_with_another_prompt(opened):
+    """It opens with a new prompt and the last arm; a divergence has a scale of its own."""
+    assert texts(opened, "#student-prompt") == [EVIL]
+    assert texts(opened, "#scale .token")[-1] == "8"
+    assert not opened.find_element("id", "sft").is_displayed()
+    choose(opened, "arm", "SFT")
+    opened.find_elements("css selector", "#track button")[2].click()
+    choose(opened, "prompt", "0")
+    sft = [row for row in make_samples() if row["phase"] == "sft" and row["kind"] == "prior"]
+    assert texts(opened, "#response .token") == [shown(token) for token in sft[-1]["tokens"]]
+    assert texts(opened, "#track [aria-current=true]") == ["X, step 10"]
+    assert texts(opened, "#scale .token")[-1] == "0.6931"
+    assert opened.find_element("id", "sft").is_displayed()
 
 
 def test_page_fits_a_phone(opened):
@@ -318,8 +337,12 @@ def test_pages_without_responses_and_of_several_runs(browser, run, tmp_path):
     (tmp_path / "a").mkdir()
     files.append(tmp_path / "a" / "metrics.jsonl", make_metrics())
     written(tmp_path / "a")
-    written(other := make_run(tmp_path / "b"), run, tmp_path / "a")
+    written(other := make_run(tmp_path / "b", steps=(0,)), run, tmp_path / "a")
     for folder, shown in ((tmp_path / "a", False), (other, True)):
         browser.get((folder / "page.html").as_uri())
         assert browser.get_log("browser") == []
         assert browser.find_element("id", "update").is_displayed() == shown
+    choose(browser, "arm", f"SDFT, {run}")
+    browser.find_elements("css selector", "#track button")[2].click()
+    choose(browser, "arm", f"SDFT, {other}")  # which has fewer responses
+    assert texts(browser, "#track [aria-current=true]") == ["X, step 0"]
