@@ -456,7 +456,7 @@ def test_pass_at_k_is_the_share_of_subsets(n, c, k):
 
 
 def test_pass_at_k_draws_all_samples_anew(quick, monkeypatch):
-    """1 - (1 - p)^k of the half that it knows: the same 16 responses eight times would give less."""
+    """1 - (1 - p)^k of the half that it knows; the same 16 responses eight times give less."""
     half = {key: rows[:5] for key, rows in of_skill("X").items()}
     monkeypatch.setattr(pass_at_k, "base", lambda *a: LookUp(half, p=0.02))
     metrics = pass_at_k.measure(0)
