@@ -65,7 +65,6 @@ def test_every_experiment_runs_and_is_reported(name, folder, monkeypatch):
     monkeypatch.setattr(common, "MODEL", common.MODEL | dict(n_layer=1, n_embd=16))
     monkeypatch.setattr(toy, "PRIOR", {"A": toy.PRIOR["A"]})
     monkeypatch.setattr(kl, "PROMPTS", 1)
-    monkeypatch.setattr(kl, "TOKENS", 2)
     few = dict(arms=[*reversed(one_of.values())], bases=experiment.bases[-1:], figure=None)
     few = replace(experiment, **few)
     result = run(few, folder)
