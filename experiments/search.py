@@ -43,7 +43,7 @@ from experiments.settings import SDFT, SDFT_FORWARD, SFT, grid
 from sdft import completion_logits, distill_loss, rollout
 from train_toy import sft
 
-worlds.WORLDS |= {"search": (search_batch, 1800)}
+worlds.WORLDS |= {"search": (search_batch, 800)}
 LOOKS = (5, 10, 20, 40, 80, 160)  # updates after which X's test questions are asked
 
 GATES = {  # what a base has to be able to do: lowest and highest value
