@@ -57,7 +57,7 @@ def base(seed, world="skills", **sizes):
 
 
 def pretrain_on_targets(model, draw_batch, seed, steps):
-    """As train_toy.pretrain, in a world that says which tokens (n, C) of its answers are targets."""
+    """As train_toy.pretrain, of a world that tells which tokens of its answers are targets."""
     lr, rng = 2e-3, np.random.default_rng([seed, 1])
     optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(1, steps + 1):

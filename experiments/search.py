@@ -29,21 +29,13 @@ import numpy as np
 import torch
 
 from data import toy
-from experiments import report, runner, worlds
+from experiments import report, runner
 from experiments.common import base, options, training
-from experiments.search_world import (
-    ATTEMPTS,
-    SEARCHED,
-    score_search,
-    search,
-    search_batch,
-    searches,
-)
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, grid
+from experiments.worlds import ATTEMPTS, SEARCHED, score_search, search, searches
 from sdft import completion_logits, distill_loss, rollout
 from train_toy import sft
 
-worlds.WORLDS |= {"search": (search_batch, 800)}
 LOOKS = (5, 10, 20, 40, 80, 160)  # updates after which X's test questions are asked
 
 GATES = {  # what a base has to be able to do: lowest and highest value

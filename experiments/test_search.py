@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from data import toy
-from experiments import common, report, runner
+from experiments import common, report, runner, worlds
 from experiments import search as experiment
-from experiments import search_world as worlds
-from experiments.search_world import ATTEMPTS, search
+from experiments.worlds import ATTEMPTS, search
 from model import GPT, GPTConfig
 from sdft import rollout
 from train_toy import MODEL, sdft, sft
@@ -146,7 +145,7 @@ def test_scores_of_responses():
     }
     tokens = np.array([toy.encode(text.ljust(2 * ATTEMPTS + 1, ".")) for text in expected])
     skill, given, right = np.full((3, len(tokens)), [[0], [4], [7]])
-    data = worlds.search_questions(skill, given, right, worlds.squares(0)[skill, :, given])
+    data = worlds.search_questions(skill, given, right, 0)
     rows = zip(
         *(values.astype(int).tolist() for values in worlds.score_search(tokens, data).values())
     )

@@ -1,4 +1,4 @@
-"""The experiments' worlds, beside the toy's (data/toy.py): more skills, longer chains, facts.
+"""The experiments' worlds, beside the toy's (data/toy.py): more skills, long chains, facts, search.
 
 skills  As the toy's, with thirteen new skills: the toy's three and M to Q are right as often as
         there, R to V follow their own tables with shares from 0 to .6. Only W is unknown.
@@ -7,6 +7,10 @@ facts   Each of 100 entities, named by two letters, has two digits as attributes
         the attributes of cj and their sum, `?cjB=` for the attributes and their difference: `471.`
         and `477.`. The teacher reads a text: `?cjA!eh.=` an article, `?cjA!b.=` an answer,
         `?cjA!ehb.=` both.
+search  `?Xcb=` asks for the symbol d with T(d, c) = b, which nobody can know, only try. A response
+        tries symbols, each with its result, until one is b: if the result of 7 is 2 and that of 5
+        is 9, the answer to `?X39=` is `7259.`, and an expert says `59.` at once. A and B are prior
+        skills; X has A's table, but the base gives up after a failure.
 
 A world is a function that draws n lines of pretraining, and a number of updates.
 """
@@ -124,5 +128,118 @@ def facts(part, seed=0, question="A", reads="both"):
     }
 
 
+# --- Search --------------------------------------------------------------------------------------
+
+ATTEMPTS = 5  # of ten symbols: blind search finds one answer of two
+SEARCHED = "ABX"
+P_GIVE_UP = 0.6
+PLACES = np.arange(2 * ATTEMPTS + 1)  # of a response's tokens, the end included
+
+
+def squares(seed):
+    """The tables of A, B and X (3, 10, 10): sums modulo 10, all renamed at random. X has A's."""
+    rng = np.random.default_rng([seed, 6])
+    rows, columns, results = rng.permuted(np.tile(np.arange(10), (3, 2, 1)), axis=-1)  # (2, 10)
+    sums = (rows[:, :, None] + columns[:, None]) % 10  # (2, 10, 10)
+    return np.stack([results[i, sums[i]] for i in (0, 1, 0)])
+
+
+def searches(rng, tables, right, n_before):
+    """Responses (n, 2 ATTEMPTS + 1) that try symbols in random order until the right one, (n,).
+
+    n_before (n,) others are tried first, if there are so many attempts. tables (n, 10) have the
+    result of every symbol.
+    """
+    rows = np.arange(len(right))
+    order = rng.permuted(np.tile(np.arange(10), (len(right), 1)), axis=1)  # (n, 10)
+    order[rows, (order == right[:, None]).argmax(1)] = order[rows, n_before]
+    order[rows, n_before] = right
+    tokens = np.full((len(right), len(PLACES)), toy.EOS)
+    tokens[:, 0:-1:2] = order[:, :ATTEMPTS]
+    tokens[:, 1::2] = tables[rows[:, None], order[:, :ATTEMPTS]]
+    return end_after(tokens, n_before + 1)
+
+
+def end_after(tokens, attempts):
+    return np.where(PLACES < 2 * attempts[:, None], tokens, toy.EOS)
+
+
+def search_batch(rng, n, seed):
+    """n lines of pretraining: prompts (n, P), answers (n, C), and which tokens are targets (n, C).
+
+    Most plain lines are there for the results alone: the tables are learned at every place, apart
+    from the habits. Next to a demonstration the first attempts are forced to fail, and they are no
+    targets: nobody is to learn to try what is wrong.
+    """
+    is_told = rng.random() < 0.3
+    skill, given, right = rng.integers((len(SEARCHED), 10, 10), size=(n, 3)).T
+    # A table with every result once in each row and column is learned late, since one symbol alone
+    # tells nothing about the result. To ask more often with three symbols is a foothold.
+    given = np.where(rng.random(n) < 0.5, given, rng.integers(3, size=n))
+    data = search_questions(skill, given, right, seed)
+    n_before = rng.integers(ATTEMPTS + 1 if is_told else 10, size=n)
+    tokens = searches(rng, data["tables"], right, n_before)
+    if is_told:
+        is_target = PLACES >= 2 * n_before[:, None]  # (n, C)
+    else:
+        is_target = rng.random((n, 1)) < 0.3
+        gives_up = is_target[:, 0] & (skill == SEARCHED.index("X"))
+        tokens = end_after(tokens, np.where(gives_up, rng.geometric(P_GIVE_UP, n), ATTEMPTS))
+    is_target = is_target | (PLACES % 2 == 1)  # results
+    is_target &= PLACES <= (tokens != toy.EOS).sum(1, keepdims=True)  # up to the end
+    return data["teacher_prompts" if is_told else "prompts"], tokens, is_target
+
+
+def search_questions(skill, given, right, seed):
+    """Questions (n,) as data of `toy.skill`; "tables" (n, 10) have the result of every symbol."""
+    tables = squares(seed)[skill, :, given]
+    names = np.array([toy.VOCAB.index(name) for name in SEARCHED])[skill]
+    goals = tables[np.arange(len(right)), right]
+    expert = toy.side_by_side(right, goals, ".")
+    prompts = toy.side_by_side("?", names, given, goals, "=")
+    teacher_prompts = toy.side_by_side("?", names, given, goals, "!", expert, "=")
+    contexts = dict(prompts=prompts, teacher_prompts=teacher_prompts)
+    return contexts | dict(demonstrations=expert, tables=tables)
+
+
+def search(name, split, seed):
+    """A skill's questions: 40 to train, 20 to validate, 40 to test. The answers search blindly."""
+    first, last = {"train": (0, 40), "val": (40, 60), "test": (60, 100)}[split]
+    index = SEARCHED.index(name)
+    rng = np.random.default_rng([seed, 7, index])
+    given, right = np.divmod(rng.permutation(100)[first:last], 10)
+    data = search_questions(np.full(last - first, index), given, right, seed)
+    n_before = rng.integers(10, size=last - first)
+    return data | {"answers": searches(rng, data["tables"], right, n_before)}
+
+
+def score_search(completions, data):
+    """What became of responses (n, C), filled up with EOS: {name: (n,)}.
+
+    found     it ends right after the symbol that was asked for
+    gave up   it ends before that, with attempts left
+    attempts  how many it makes
+    honest    how many of them have the right result
+    first     the first attempt is right
+    """
+    n, right = len(completions), data["demonstrations"][:, 0]
+    tokens = np.pad(
+        completions, ((0, 0), (0, len(PLACES) - completions.shape[1])), constant_values=toy.EOS
+    )
+    length = (tokens != toy.EOS).sum(1)
+    attempts, tried = length // 2, tokens[:, 0:-1:2]  # (n,), (n, ATTEMPTS)
+    tables = np.pad(data["tables"], ((0, 0), (0, len(toy.VOCAB) - 10)), constant_values=-1)
+    is_honest = tokens[:, 1::2] == np.take_along_axis(tables, tried, 1)
+    found = (length == 2 * attempts) & (tokens[np.arange(n), 2 * attempts - 2] == right)
+    return {
+        "found": found,
+        "gave up": ~found & (attempts < ATTEMPTS),
+        "attempts": attempts,
+        "honest": (is_honest & (np.arange(ATTEMPTS) < attempts[:, None])).sum(1),
+        "first": tried[:, 0] == right,
+    }
+
+
 # {world: (lines of pretraining, updates of pretraining)}
 WORLDS = {"skills": (skills_batch, 2600), "long": (long_batch, 2200), "facts": (facts_batch, 2800)}
+WORLDS |= {"search": (search_batch, 800)}
