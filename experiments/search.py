@@ -36,7 +36,7 @@ from experiments.worlds import ATTEMPTS, SEARCHED, score_search, search, searche
 from sdft import completion_logits, distill_loss, rollout
 from train_toy import sft
 
-LOOKS = (5, 10, 20, 40, 80, 160)  # updates after which X's test questions are asked
+LOOKS = (5, 10, 20, 40, 80)  # updates after which X's test questions are asked
 
 GATES = {  # what a base has to be able to do: lowest and highest value
     "honest": (0.97, 1),  # right results after 0 to 4 failures, the worst skill and place
@@ -159,20 +159,12 @@ def measure(seed, settings=None):
 
 def scores(model, seed):
     """`ask` of all questions, sampled 5 to 20 times and greedy."""
-    test, prior = search("X", "test", seed), prior_questions("test", seed)
-    asked = {
-        "": (test, 10),
-        "greedy ": (test, 0),
-        "prior ": (prior, 5),
-        "prior greedy ": (prior, 0),
-    }
-    asked |= {"val ": (search("X", "val", seed), 20), "train ": (search("X", "train", seed), 5)}
-    asked |= {"val prior ": (prior_questions("val", seed), 10)}
-    return {
-        prefix + key: value
-        for prefix, (data, times) in asked.items()
-        for key, value in ask(model, data, times).items()
-    }
+    ask_x = lambda split, times: ask(model, search("X", split, seed), times)
+    ask_prior = lambda split, times: ask(model, prior_questions(split, seed), times)
+    asked = {"": ask_x("test", 10), "greedy ": ask_x("test", 0), "train ": ask_x("train", 5)}
+    asked |= {"prior ": ask_prior("test", 5), "prior greedy ": ask_prior("test", 0)}
+    asked |= {"val ": ask_x("val", 20), "val prior ": ask_prior("val", 10)}
+    return {prefix + key: value for prefix, said in asked.items() for key, value in said.items()}
 
 
 def prior_questions(split, seed):
@@ -206,9 +198,10 @@ HIGHEST = [
 
 def figure(rows, plt):
     drawn, panel = plt.subplots(figsize=(6.5, 4))
-    before, updates = rows[0]["metrics"]["found"], [0, *LOOKS]
+    before, updates = rows[0]["metrics"]["found"], [0, *LOOKS, SDFT["steps"]]
     for row in (row for row in rows if row["arm"] in METHODS):
-        values = [before, *(row["metrics"][f"found at {look}"] for look in LOOKS)]
+        looks = [row["metrics"][f"found at {look}"] for look in LOOKS]
+        values = [before, *looks, row["metrics"]["found"]]
         report.line(panel, range(len(updates)), values, row["arm"], markersize=3)
     panel.axhline(ATTEMPTS / 10, color="black", linestyle=":", label="blind search")
     panel.set_xticks(range(len(updates)), updates)
@@ -221,15 +214,8 @@ SEARCH = runner.Experiment(
     name="search",
     arms=[dict(arm="base"), *grid({k: [CHOSEN[k]] for k in METHODS}, METHODS), *HIGHEST],
     measure=measure,
-    columns=[
-        "found",
-        "greedy found",
-        "attempts",
-        "gave up",
-        "honest",
-        "prior found",
-        "train first",
-    ],
+    columns=["found", "greedy found", "attempts", "gave up", "honest", "train first"],
+    then_columns=["prior found", "prior greedy found", "prior attempts", "prior gave up"],
     bases=[dict(world="search")],
     figure=figure,
 )
