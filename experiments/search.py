@@ -16,7 +16,7 @@ search        SDFT, with the reverse or the forward KL, an EMA teacher or a froz
 search_rates  The same at every rate, from which `CHOSEN` was chosen on validation questions
 
 All is asked on unseen questions, ten times, at temperature 1. "found": the right symbol is the last
-of at most five; blind search finds .50. "gave up": it ends before that. "honest" is the share of
+of at most five; blind search finds .41. "gave up": it ends before that. "honest" is the share of
 attempts with the right result, "first" the share of right first attempts, "train first" that on the
 training questions: what is known by heart. "prior" is on A and B, "found at 20" after 20 of the 160
 updates. A base that fails one of the `gates` is an error.
@@ -32,7 +32,7 @@ from data import toy
 from experiments import report, runner
 from experiments.common import base, options, training
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, grid
-from experiments.worlds import ATTEMPTS, SEARCHED, score_search, search, searches
+from experiments.worlds import ATTEMPTS, BLIND, SEARCHED, score_search, search, searches
 from sdft import completion_logits, distill_loss, rollout
 from train_toy import sft
 
@@ -41,7 +41,7 @@ LOOKS = (5, 10, 20, 40, 80)  # updates after which X's test questions are asked
 GATES = {  # what a base has to be able to do: lowest and highest value
     "honest": (0.97, 1),  # right results after 0 to 4 failures, the worst skill and place
     "teacher": (0.95, 1),  # probability of the right symbol after 0 to 4 failures, the worst
-    "prior found": (ATTEMPTS / 10 - 0.03, ATTEMPTS / 10 + 0.03),  # what blind search finds
+    "prior found": (BLIND - 0.03, BLIND + 0.03),  # what blind search finds
     "gives up": (0.7, 1),  # on X
 }
 
@@ -67,7 +67,7 @@ def draw_texts(start, data, seed):
     "after failures" are the teacher's that begin with 0 to ATTEMPTS failures.
     """
     rng, n = np.random.default_rng([seed, 8]), len(data["prompts"])
-    failures = searches(rng, data["tables"], data["demonstrations"][:, 0], np.full(n, ATTEMPTS))
+    failures = searches(rng, data["demonstrations"][:, 0], np.full(n, ATTEMPTS), data["tables"])
     begun = [row[: 2 * k] for row, k in zip(failures, rng.integers(ATTEMPTS + 1, size=n))]
     told = [[*prompt, *row] for prompt, row in zip(data["teacher_prompts"], begun)]
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def ask(model, data, times):
 def after_failures(start, data, prompts):
     """Responses that fail until the end (n, C), and the next-token probabilities (n, C, V)."""
     rng, right = np.random.default_rng(0), data["demonstrations"][:, 0]
-    tokens = searches(rng, data["tables"], right, np.full(len(right), ATTEMPTS))
+    tokens = searches(rng, right, np.full(len(right), ATTEMPTS), data["tables"])
     with torch.no_grad():
         logits = completion_logits(start, data[prompts], torch.from_numpy(tokens))
     return tokens, logits.softmax(-1).numpy()
@@ -203,7 +203,7 @@ def figure(rows, plt):
         looks = [row["metrics"][f"found at {look}"] for look in LOOKS]
         values = [before, *looks, row["metrics"]["found"]]
         report.line(panel, range(len(updates)), values, row["arm"], markersize=3)
-    panel.axhline(ATTEMPTS / 10, color="black", linestyle=":", label="blind search")
+    panel.axhline(BLIND, color="black", linestyle=":", label="blind search")
     panel.set_xticks(range(len(updates)), updates)
     panel.set(xlabel="updates", ylabel="found, sampled, unseen questions", ylim=(0, 0.6))
     report.grid_and_legend(panel)

@@ -130,7 +130,8 @@ def facts(part, seed=0, question="A", reads="both"):
 
 # --- Search --------------------------------------------------------------------------------------
 
-ATTEMPTS = 5  # of ten symbols: blind search finds one answer of two
+ATTEMPTS = 5
+BLIND = 1 - 0.9**ATTEMPTS  # what blind search finds, which may try a symbol again
 SEARCHED = "ABX"
 P_GIVE_UP = 0.6
 PLACES = np.arange(2 * ATTEMPTS + 1)  # of a response's tokens, the end included
@@ -144,20 +145,17 @@ def squares(seed):
     return np.stack([results[i, sums[i]] for i in (0, 1, 0)])
 
 
-def searches(rng, tables, right, n_before):
-    """Responses (n, 2 ATTEMPTS + 1) that try symbols in random order until the right one, (n,).
+def searches(rng, right, n_wrong, tables):
+    """Responses (n, 2 ATTEMPTS + 1) that try symbols at random until the right one, (n,).
 
-    n_before (n,) others are tried first, if there are so many attempts. tables (n, 10) have the
+    n_wrong (n,) others are tried first, if there are so many attempts. tables (n, 10) have the
     result of every symbol.
     """
-    rows = np.arange(len(right))
-    order = rng.permuted(np.tile(np.arange(10), (len(right), 1)), axis=1)  # (n, 10)
-    order[rows, (order == right[:, None]).argmax(1)] = order[rows, n_before]
-    order[rows, n_before] = right
+    wrong = (right[:, None] + rng.integers(1, 10, size=(len(right), ATTEMPTS))) % 10
+    tried = np.where(np.arange(ATTEMPTS) < n_wrong[:, None], wrong, right[:, None])
     tokens = np.full((len(right), len(PLACES)), toy.EOS)
-    tokens[:, 0:-1:2] = order[:, :ATTEMPTS]
-    tokens[:, 1::2] = tables[rows[:, None], order[:, :ATTEMPTS]]
-    return end_after(tokens, n_before + 1)
+    tokens[:, 0:-1:2], tokens[:, 1::2] = tried, np.take_along_axis(tables, tried, 1)
+    return end_after(tokens, n_wrong + 1)
 
 
 def end_after(tokens, attempts):
@@ -177,10 +175,10 @@ def search_batch(rng, n, seed):
     # tells nothing about the result. To ask more often with three symbols is a foothold.
     given = np.where(rng.random(n) < 0.5, given, rng.integers(3, size=n))
     data = search_questions(skill, given, right, seed)
-    n_before = rng.integers(ATTEMPTS + 1 if is_told else 10, size=n)
-    tokens = searches(rng, data["tables"], right, n_before)
+    n_wrong = rng.integers(ATTEMPTS + 1, size=n) if is_told else rng.geometric(0.1, n) - 1
+    tokens = searches(rng, right, n_wrong, data["tables"])
     if is_told:
-        is_target = PLACES >= 2 * n_before[:, None]  # (n, C)
+        is_target = PLACES >= 2 * n_wrong[:, None]  # (n, C)
     else:
         is_target = rng.random((n, 1)) < 0.3
         gives_up = is_target[:, 0] & (skill == SEARCHED.index("X"))
@@ -209,8 +207,8 @@ def search(name, split, seed):
     rng = np.random.default_rng([seed, 7, index])
     given, right = np.divmod(rng.permutation(100)[first:last], 10)
     data = search_questions(np.full(last - first, index), given, right, seed)
-    n_before = rng.integers(10, size=last - first)
-    return data | {"answers": searches(rng, data["tables"], right, n_before)}
+    n_wrong = rng.geometric(0.1, last - first) - 1
+    return data | {"answers": searches(rng, right, n_wrong, data["tables"])}
 
 
 def score_search(completions, data):
@@ -242,4 +240,4 @@ def score_search(completions, data):
 
 # {world: (lines of pretraining, updates of pretraining)}
 WORLDS = {"skills": (skills_batch, 2600), "long": (long_batch, 2200), "facts": (facts_batch, 2800)}
-WORLDS |= {"search": (search_batch, 800)}
+WORLDS |= {"search": (search_batch, 600)}
