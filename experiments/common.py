@@ -62,7 +62,7 @@ def pretrain_on_targets(model, draw_batch, seed, steps):
     optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(1, steps + 1):
         set_learning_rate(optimizer, lr, step, steps, warmup=50)
-        prompts, answers, is_target = draw_batch(rng, 128)
+        prompts, answers, is_target = draw_batch(rng, 64)
         tokens, mask = torch.from_numpy(answers), torch.from_numpy(is_target)
         loss = sft_loss(completion_logits(model, prompts, tokens), tokens, mask)
         loss.backward()

@@ -165,11 +165,11 @@ def end_after(tokens, attempts):
 def search_batch(rng, n, seed):
     """n lines of pretraining: prompts (n, P), answers (n, C), and which tokens are targets (n, C).
 
-    Most plain lines are there for the results alone: the tables are learned at every place, apart
+    Half of the plain lines are there for the results alone: the tables are learned at every place, apart
     from the habits. Next to a demonstration the first attempts are forced to fail, and they are no
     targets: nobody is to learn to try what is wrong.
     """
-    is_told = rng.random() < 0.3
+    is_told = rng.random() < 0.5
     skill, given, right = rng.integers((len(SEARCHED), 10, 10), size=(n, 3)).T
     # A table with every result once in each row and column is learned late, since one symbol alone
     # tells nothing about the result. To ask more often with three symbols is a foothold.
@@ -180,7 +180,7 @@ def search_batch(rng, n, seed):
     if is_told:
         is_target = PLACES >= 2 * n_wrong[:, None]  # (n, C)
     else:
-        is_target = rng.random((n, 1)) < 0.3
+        is_target = rng.random((n, 1)) < 0.5
         gives_up = is_target[:, 0] & (skill == SEARCHED.index("X"))
         tokens = end_after(tokens, np.where(gives_up, rng.geometric(P_GIVE_UP, n), ATTEMPTS))
     is_target = is_target | (PLACES % 2 == 1)  # results
@@ -240,4 +240,4 @@ def score_search(completions, data):
 
 # {world: (lines of pretraining, updates of pretraining)}
 WORLDS = {"skills": (skills_batch, 2600), "long": (long_batch, 2200), "facts": (facts_batch, 2800)}
-WORLDS |= {"search": (search_batch, 600)}
+WORLDS |= {"search": (search_batch, 900)}
