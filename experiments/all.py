@@ -19,12 +19,13 @@ from experiments.real_controls import REAL_CONTROLS, REAL_GRID
 from experiments.real_model import REAL_MODEL
 from experiments.reasoning import REASONING
 from experiments.scaling import SCALING
+from experiments.search import SEARCH, SEARCH_RATES
 from experiments.sequential import MANY_STAGES, SEQUENTIAL
 from experiments.teacher import TEACHER, TEACHER_WEIGHTS
 
 EXPERIMENTS = [TEACHER, PARETO, SEQUENTIAL, DEMONSTRATIONS, KNOWLEDGE, CONTEXT, REASONING]
 EXPERIMENTS += [CONTROLS, COLD_START, ON_POLICY, KL, ESTIMATORS, TEACHER_WEIGHTS, MANY_STAGES]
-EXPERIMENTS += [MISMATCH, SCALING, PASS_AT_K]
+EXPERIMENTS += [MISMATCH, SCALING, PASS_AT_K, SEARCH_RATES, SEARCH]
 REPORTED = [*EXPERIMENTS, FORGETTING_LAW, REAL_GRID, REAL_MODEL, REAL_CONTROLS]
 
 if __name__ == "__main__":

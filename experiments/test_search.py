@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data import toy
-from experiments import common, report, runner, worlds
 from experiments import search as experiment
+from experiments import worlds
 from experiments.worlds import ATTEMPTS, search
 from model import GPT, GPTConfig
 from sdft import rollout
@@ -50,29 +50,28 @@ class Rules:
 
     def lm_head(self, seen):
         texts = [toy.decode(i for i in row if i >= 0) for row in seen.flatten(0, -2).tolist()]
-        probs = torch.tensor([self.next(text) for text in texts])
-        return probs.log().clamp(min=-99).view(*seen.shape[:-1], -1)
+        logits = torch.tensor([self.probs(text) for text in texts]).log().clamp(min=-99)
+        return logits.view(*seen.shape[:-1], -1)
 
-    @functools.cache
-    def next(self, text):
+    def probs(self, text):
         """The next token's probabilities (V,)."""
-        mix = lambda *tokens: (np.eye(len(toy.VOCAB))[[*tokens]]).mean(0)
         prompt, _, response = text.rpartition("=")
-        tried, results, end = response[::2], response[1::2], mix(toy.EOS)
-        if not prompt or "." in response:
-            return end.tolist()
-        if len(tried) > len(results):
+        tried, results, p_end, symbols = response[::2], response[1::2], 0, range(10)
+        if not prompt or "." in response or prompt[3] in results or len(results) == ATTEMPTS:
+            p_end = 1
+        elif len(tried) > len(results):
             is_wrong = self.fault == "honest" and len(tried) == 4 and prompt[1] == "X"
-            right = SQUARES[prompt[1]][int(tried[-1]), int(prompt[2])]
-            return mix((right + is_wrong) % 10).tolist()
-        if prompt[3] in results or len(tried) == ATTEMPTS:
-            return end.tolist()
-        if "!" in prompt:
+            symbols = [(SQUARES[prompt[1]][int(tried[-1]), int(prompt[2])] + is_wrong) % 10]
+        elif "!" in prompt:
+            symbols = [int(prompt[5])]
             p_end = 0.9 * (self.fault == "teacher" and len(tried) == 3)
-            return (p_end * end + (1 - p_end) * mix(int(prompt[5]))).tolist()
-        tries = range(5 if self.fault == "prior found" else 10)
-        p_end = 0.6 * (prompt[1] == "X" and tried != "" and self.fault != "gives up")
-        return (p_end * end + (1 - p_end) * mix(*tries)).tolist()
+        elif self.fault == "prior found":
+            symbols = range(2)
+        elif prompt[1] == "X" and tried and self.fault != "gives up":
+            p_end = 0.6
+        probs = (1 - p_end) * np.eye(len(toy.VOCAB))[[*symbols]].mean(0)
+        probs[toy.EOS] += p_end
+        return probs.tolist()
 
 
 # --- The world -----------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def failed(fault=None):
 
 @pytest.mark.parametrize("fault", experiment.GATES)
 def test_each_gate_notices_its_fault_alone(fault):
-    """The fourth result is wrong, the teacher ends after three failures, half of the
+    """The fourth result is wrong, the teacher ends after three failures, most
 
     symbols are never tried, X is searched. A model that follows the rules passes every gate.
     """
@@ -200,18 +199,3 @@ def test_arms_differ_in_their_texts_alone(divergence):
     assert torch.equal(given, sdft(*models, data, generator.manual_seed(1), divergence))
     given = experiment.sft_on_texts(*models, data, None, "demonstrations")
     assert torch.equal(given, sft(*models, data, None))
-
-
-def test_every_arm_runs_and_every_claim_has_its_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "MODEL", MODEL | dict(n_layer=1, n_embd=16))
-    monkeypatch.setattr(experiment, "LOOKS", (1, 40))
-    monkeypatch.setattr(experiment.gates, "__defaults__", (1,))
-    search_only = dict(argv=["--quick", "--jobs", "1", "--out_dir", str(tmp_path)])
-    runner.main("", experiment.SEARCH, **search_only)
-    result = report.load(tmp_path)["search"]
-    assert [row["arm"] for row in result["rows"]] == [arm["arm"] for arm in experiment.SEARCH.arms]
-    metrics = report.of_arms(experiment.SEARCH, result)
-    with open(report.CLAIMS, encoding="utf-8", newline="") as f:
-        for claim in report.csv.DictReader(f):
-            if claim["experiment"] == "search":
-                report.judge(claim, metrics)
