@@ -189,11 +189,11 @@ METHODS = {
     "sft, searching": SFT | dict(method=sft_on_texts, texts="answers"),
 }
 RATES = (2e-5, 6e-5, 2e-4, 6e-4)
-CHOSEN = dict.fromkeys(METHODS, 6e-5)  # not chosen yet
-HIGHEST = [
-    dict(arm=f"{name}, highest rate", settings=METHODS[name] | dict(lr=RATES[-1]))
-    for name in ("sft", "sdft")
-]
+TOLD = ("sft", "sft, teacher's samples", "offline", "offline, forward KL")
+RATES_OF = {name: (6e-6, *RATES) if name in TOLD else RATES for name in METHODS}
+# By `search_rates`; what learns from texts without a failure finds most at the lowest rate.
+CHOSEN = {name: 6e-6 if name in TOLD else 6e-5 for name in METHODS}
+OTHERS = {"at SDFT's rate": (6e-5, TOLD), "highest rate": (6e-4, ("sft", "sdft"))}
 
 
 def figure(rows, plt):
@@ -212,7 +212,15 @@ def figure(rows, plt):
 
 SEARCH = runner.Experiment(
     name="search",
-    arms=[dict(arm="base"), *grid({k: [CHOSEN[k]] for k in METHODS}, METHODS), *HIGHEST],
+    arms=[
+        dict(arm="base"),
+        *grid({name: [rate] for name, rate in CHOSEN.items()}, METHODS),
+        *(
+            dict(arm=f"{name}, {which}", settings=METHODS[name] | dict(lr=rate))
+            for which, (rate, names) in OTHERS.items()
+            for name in names
+        ),
+    ],
     measure=measure,
     columns=["found", "greedy found", "attempts", "gave up", "honest", "train first"],
     then_columns=["prior found", "prior greedy found", "prior attempts", "prior gave up"],
@@ -221,7 +229,7 @@ SEARCH = runner.Experiment(
 )
 SEARCH_RATES = runner.Experiment(
     name="search_rates",
-    arms=grid(dict.fromkeys(METHODS, RATES), METHODS),
+    arms=grid(RATES_OF, METHODS),
     measure=measure,
     columns=["val found", "found", "gave up", "prior found", "train first"],
     bases=[dict(world="search")],
