@@ -193,7 +193,11 @@ TOLD = ("sft", "sft, teacher's samples", "offline", "offline, forward KL")
 RATES_OF = {name: (6e-6, *RATES) if name in TOLD else RATES for name in METHODS}
 # By `search_rates`; what learns from texts without a failure finds most at the lowest rate.
 CHOSEN = {name: 6e-6 if name in TOLD else 6e-5 for name in METHODS}
-OTHERS = {"at SDFT's rate": (6e-5, TOLD), "highest rate": (6e-4, ("sft", "sdft"))}
+ARMS = [dict(arm="base"), *grid({name: [rate] for name, rate in CHOSEN.items()}, METHODS)]
+for name in TOLD:
+    ARMS += [dict(arm=f"{name}, at SDFT's rate", settings=METHODS[name] | dict(lr=6e-5))]
+for name in ("sft", "sdft"):
+    ARMS += [dict(arm=f"{name}, highest rate", settings=METHODS[name] | dict(lr=RATES[-1]))]
 
 
 def figure(rows, plt):
@@ -212,15 +216,7 @@ def figure(rows, plt):
 
 SEARCH = runner.Experiment(
     name="search",
-    arms=[
-        dict(arm="base"),
-        *grid({name: [rate] for name, rate in CHOSEN.items()}, METHODS),
-        *(
-            dict(arm=f"{name}, {which}", settings=METHODS[name] | dict(lr=rate))
-            for which, (rate, names) in OTHERS.items()
-            for name in names
-        ),
-    ],
+    arms=ARMS,
     measure=measure,
     columns=["found", "greedy found", "attempts", "gave up", "honest", "train first"],
     then_columns=["prior found", "prior greedy found", "prior attempts", "prior gave up"],
