@@ -1,25 +1,22 @@
 """Where mistakes compound: the expert knows what the student can only find by trying.
 
-The paper (Sec. 4.2, Fig. 6): off-policy training never visits the model's own mistakes, which
-compound; on-policy learns more than the same loss on the teacher's responses, and SFT on those less
-still. In this project's other worlds a mistake is fatal, or what follows it is nothing new. Here
-mistakes are all that there is to learn from, see "search" in worlds.py: on prior skills the base
-tries until it has found the answer, on skill X it gives up after a failure.
+The paper (Sec. 4.2, Fig. 6): off-policy training never visits the model's own mistakes; on-policy
+learns more than the same loss on the teacher's responses, and SFT on those less still. In the world
+"search" (worlds.py) mistakes are all that there is to learn from: on prior skills the base tries
+until it has found the answer, on skill X it gives up after a failure.
 
     python -m experiments.search --seeds 5
     python -m experiments.search search    # at the chosen rates only, one seed: a few minutes
 
-search        SDFT, with the reverse or the forward KL, an EMA teacher or a frozen one. "offline"
-              has the same loss on the teacher's responses, "stale" on the base's, drawn once,
-              "forced failures" on the teacher's after 0 to 5 failures. SFT on the expert's
-              demonstrations, on the teacher's responses, or on those of someone who has to search
-search_rates  The same at every rate, from which `CHOSEN` was chosen on validation questions
+search        "offline" has SDFT's loss on the teacher's responses, "stale" on the base's, drawn
+              once, "forced failures" on the teacher's after 0 to 5 failures; "sft, searching" is
+              SFT on demonstrations of someone who has to search as well
+search_rates  The same at every rate; `CHOSEN` is by seed 0's validation questions
 
-All is asked on unseen questions, ten times, at temperature 1. "found": the right symbol is the last
-of at most five; blind search finds .41. "gave up": it ends before that. "honest" is the share of
-attempts with the right result, "first" the share of right first attempts, "train first" that on the
-training questions: what is known by heart. "prior" is on A and B, "found at 20" after 20 of the 160
-updates. A base that fails one of the `gates` is an error.
+Questions are unseen and asked ten times at temperature 1. "found": the right symbol is the last of
+at most five; blind search finds .41. "gave up": it ends before that. "honest" is the share of
+attempts with the right result, "train first" of right first attempts on the training questions:
+what is known by heart. "prior" is on A and B. A base that fails one of the `gates` is an error.
 """
 
 import functools
