@@ -200,10 +200,11 @@ for name in ("sft", "sdft"):
 def figure(rows, plt):
     drawn, panel = plt.subplots(figsize=(6.5, 4))
     before, updates = rows[0]["metrics"]["found"], [0, *LOOKS, SDFT["steps"]]
-    for row in (row for row in rows if row["arm"] in METHODS):
-        looks = [row["metrics"][f"found at {look}"] for look in LOOKS]
-        values = [before, *looks, row["metrics"]["found"]]
-        report.line(panel, range(len(updates)), values, row["arm"], markersize=3)
+    hidden = {"sft, teacher's samples", "sdft, frozen", "sdft, frozen, forward KL"}  # as others
+    for row in (row for row in rows if row["arm"] in {*METHODS} - hidden):
+        values = [before, *(row["metrics"][f"found at {look}"] for look in LOOKS)]
+        means = np.mean([*values, row["metrics"]["found"]], 1)
+        panel.plot(means, "--o" if row["arm"] in TOLD else "-o", label=row["arm"], markersize=3)
     panel.axhline(BLIND, color="black", linestyle=":", label="blind search")
     panel.set_xticks(range(len(updates)), updates)
     panel.set(xlabel="updates", ylabel="found, sampled, unseen questions", ylim=(0, 0.6))
