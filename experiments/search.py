@@ -8,9 +8,10 @@ until it has found the answer, on skill X it gives up after a failure.
     python -m experiments.search --seeds 5
     python -m experiments.search search    # at the chosen rates only, one seed: a few minutes
 
-search        "offline" has SDFT's loss on the teacher's responses, "stale" on the base's, drawn
-              once, "forced failures" on the teacher's after 0 to 5 failures; "sft, searching" is
-              SFT on demonstrations of someone who has to search as well
+search        80 updates, the first half of a schedule of 160. "offline" has SDFT's loss on the
+              teacher's responses, "stale" on the base's, drawn once, "forced failures" on the
+              teacher's after 0 to 5 failures; "sft, searching" is SFT on demonstrations of someone
+              who has to search as well
 search_rates  The same at every rate; `CHOSEN` is by seed 0's validation questions
 
 Questions are unseen and asked ten times at temperature 1. "found": the right symbol is the last of
@@ -33,7 +34,8 @@ from experiments.worlds import ATTEMPTS, BLIND, SEARCHED, score_search, search, 
 from sdft import completion_logits, distill_loss, rollout
 from train_toy import sft
 
-LOOKS = (5, 10, 20, 40, 80)  # updates after which X's test questions are asked
+# Updates after which X's test questions are asked. The last is the end: half of the schedule.
+LOOKS = (5, 10, 20, 40, 80)
 
 GATES = {  # what a base has to be able to do: lowest and highest value
     "honest": (0.97, 1),  # right results after 0 to 4 failures, the worst skill and place
@@ -199,12 +201,16 @@ for name in ("sft", "sdft"):
 
 def figure(rows, plt):
     drawn, panel = plt.subplots(figsize=(6.5, 4))
-    before, updates = rows[0]["metrics"]["found"], [0, *LOOKS, SDFT["steps"]]
+    before, updates = rows[0]["metrics"]["found"], [0, *LOOKS]
     hidden = {"sft, teacher's samples", "sdft, frozen", "sdft, frozen, forward KL"}  # as others
     for row in (row for row in rows if row["arm"] in {*METHODS} - hidden):
         values = [before, *(row["metrics"][f"found at {look}"] for look in LOOKS)]
-        means = np.mean([*values, row["metrics"]["found"]], 1)
-        panel.plot(means, "--o" if row["arm"] in TOLD else "-o", label=row["arm"], markersize=3)
+        panel.plot(
+            np.mean(values, 1),
+            "--o" if row["arm"] in TOLD else "-o",
+            label=row["arm"],
+            markersize=3,
+        )
     panel.axhline(BLIND, color="black", linestyle=":", label="blind search")
     panel.set_xticks(range(len(updates)), updates)
     panel.set(xlabel="updates", ylabel="found, sampled, unseen questions", ylim=(0, 0.6))

@@ -65,7 +65,7 @@ class Rules:
         elif "!" in prompt:
             symbols = [int(prompt[5])]
             p_end = 0.9 * (self.fault == "teacher" and len(tried) == 3)
-        elif self.fault == "prior found":
+        elif self.fault == "prior found" and prompt[1] != "X":
             symbols = range(2)
         elif prompt[1] == "X" and tried and self.fault != "gives up":
             p_end = 0.6
@@ -161,9 +161,9 @@ def failed(fault=None):
 
 @pytest.mark.parametrize("fault", experiment.GATES)
 def test_each_gate_notices_its_fault_alone(fault):
-    """The fourth result is wrong, the teacher ends after three failures, most
+    """The fourth result is wrong, the teacher ends after three failures, on A
 
-    symbols are never tried, X is searched. A model that follows the rules passes every gate.
+    and B only two symbols are tried, X is searched. A model that follows the rules passes every gate.
     """
     assert failed(fault) == [fault] and failed() == []
 
