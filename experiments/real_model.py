@@ -258,10 +258,10 @@ def is_correct(response, wanted):
     return any(scoring.contains(response, answer) for answer in wanted.split("|"))
 
 
-def answers(model, tokenizer, asked, exact=False, most=MAX_NEW_TOKENS, temperature=0.0):
+def answers(model, tokenizer, asked, exact=False, most=None, temperature=0.0):
     """The model's answers: [{"question", "answer", "right", "ended"}]"""
     prompts = [chat(tokenizer, *turns) for _, turns, _ in asked]
-    completions, _ = respond(model, tokenizer, prompts, most, temperature)
+    completions, _ = respond(model, tokenizer, prompts, most or MAX_NEW_TOKENS, temperature)
     ends = torch.tensor(eos_ids(model, tokenizer), device=model.device)
     ended = torch.isin(completions, ends).any(1).tolist()
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)

@@ -428,9 +428,10 @@ def run(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     monkeypatch.setattr(real_model, "THEN_STEPS", 1)
+    monkeypatch.setattr(real_model, "N_OWN", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     load_rows, asked = real_model.load_rows, set()
-    short = lambda name: asked.add(name) or load_rows(name)[: 4 if name == "facts" else 2]
+    short = lambda name: asked.add(name) or load_rows(name)[:2]
     monkeypatch.setattr(real_model, "load_rows", short)
 
     def rows_of(experiment, names=None, steps=2, flags=()):
@@ -453,12 +454,13 @@ def test_every_arm_writes_results_answers_and_looks(run, tmp_path):
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
-        assert ("then tools" in metrics) == trained == (metrics["KL prior"] != [0.0])
+        assert ("then tools" in metrics) == trained
+        assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
         assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
         assert ("sampled at 0.5" in metrics) == (not trained)
         answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
         assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
-        assert len(answers["paraphrase"]) == 8 and ("then tools" in answers) == trained
+        assert len(answers["paraphrase"]) == 4 and ("then tools" in answers) == trained
         folder = tmp_path / "real_model_runs" / name
         assert folder.exists() == trained
         if trained:
@@ -467,7 +469,7 @@ def test_every_arm_writes_results_answers_and_looks(run, tmp_path):
             assert [look["step"] for look in looks] == [0, 2] and looks[1]["loss"] > 0
             assert ("teacher_accuracy" in looks[0]) == (row["arm"] == "sdft")
             shown = [(s["step"], s["kind"]) for s in samples if s["role"] == "student"]
-            kinds = ["new", "new", "new", "prior", "prior"]
+            kinds = ["new", "new", "prior", "prior"]
             assert shown == [(step, kind) for step in (0, 2) for kind in kinds]
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
 
