@@ -96,7 +96,7 @@ def weights(out):
 
 
 def last_checkpoint(out):
-    return checkpoint.load_run(out / "checkpoints")
+    return checkpoint.load_run(out)
 
 
 def lines(path):
