@@ -89,7 +89,12 @@ def rewind(path, step, last):
     of_look = {"eval", "tokens"}  # in metrics.jsonl and in samples.jsonl
     again = lambda row: row["step"] > step or (row["step"] == last and of_look & row.keys())
     rows = [row for row in rows if not again(row)]
-    write_whole(path, lambda tmp: files.append(tmp, rows))
+
+    def write(tmp):
+        tmp.write_bytes(b"")  # whatever a kill has left there
+        files.append(tmp, rows)
+
+    write_whole(path, write)
     return rows
 
 
@@ -111,6 +116,7 @@ def load_model(name_or_folder):
         for name, w in model.named_parameters():
             if not w.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
+            w.data = w.data.clone()  # A file that is only mapped into memory may change or shrink.
         return model
     except ImportError:
         raise ValueError(f"{name_or_folder} needs safetensors: pip install safetensors") from None
