@@ -16,13 +16,8 @@ from gpt2 import lora
 from model import COMPUTED, GPT, GPT2_SIZES
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES += ("special_tokens_map.json",)
 STATE = {"argv", "step", "base_scores", "student", "teacher", "optimizer"}  # of a checkpoint
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "best", "adapter", "config.json")
 
@@ -40,11 +35,13 @@ def locked(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(descriptor)
         raise ValueError(
             f"another run is writing to {folder}; wait for its end or choose another --out_dir"
         ) from None
+    try:
+        yield
     finally:
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             os.rmdir(folder)

@@ -428,7 +428,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data):
     same(weights(two), weights(one), atol=3e-4)
     for a, b in zip(*(metrics(out, "eval", "warnings") for out in (two, one)), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    assert printed.count("| base |") == 1 == printed.count("parameters")
+    assert printed.count("| base |") == 1 == printed.count("weights are")
 
 
 def test_data_may_come_from_a_pipe(tmp_path, base, data):
@@ -467,6 +467,8 @@ def test_a_run_has_its_folder_to_itself(there, tmp_path, base, data, monkeypatch
         return update(run, rows, generators)
 
     monkeypatch.setattr(train, "update", second)
+    with checkpoint.locked(out):
+        assert "another run" in error_of(*flags(base, data, out)) and out.exists()
     train.main(flags(base, data, out, steps=1))
     with checkpoint.locked(out):
         assert tried == [0] and "another run" in error_of("--resume", "--out_dir", out)

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import copy
 import datetime
 import math
 import os
@@ -242,7 +241,7 @@ def prepare(args, saved, device):
         torch.manual_seed(args.seed)  # of the adapters
         student = lora.add_adapters(lora.share(start), args.lora_rank, args.lora_alpha)
     if args.method == "sdft" and args.teacher == "frozen":
-        start = teacher = start or copy.deepcopy(student).requires_grad_(False)
+        start = teacher = start or lora.share(student).requires_grad_(False)
     elif args.method == "sdft":
         teacher = lora.share(student).requires_grad_(False)
     optimizer = make_optimizer(student, args)
@@ -449,13 +448,10 @@ def fine_tune(args, argv, rank, n_processes):
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     run = prepare(args, saved, device)
     run.argv, out = saved["argv"] if saved else argv, Path(args.out_dir)
-    n, n_trained = (
-        sum(p.numel() for p in weights) / 1e6
-        for weights in (run.student.parameters(), lora.trained(run.student).values())
-    )
+    n_trained = sum(w.numel() for w in lora.trained(run.student).values())
     print(
-        f"{args.method} from {args.init_from}: {n:.1f}M parameters, {n_trained:.1f}M of them "
-        f"trained, {len(run.sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
+        f"{args.method} from {args.init_from}: {n_trained / 1e6:.1f}M weights are trained, "
+        f"{len(run.sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
         f"device {device} x {n_processes}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {compute_dtype(args.dtype, device)}"
     )
