@@ -4,6 +4,7 @@ Oracles are independent of the code under test: torch.distributions, finite diff
 Python, a model without cache or padding. On a CPU, offline: python -m pytest test_sdft.py
 """
 
+import copy
 import json
 import math
 import re
@@ -457,10 +458,29 @@ def test_gpt2_by_name_is_downloaded_safely(monkeypatch):
 # --- README.md ---
 
 
-def test_readme_example_runs():
-    """The loss can be copied as the front page says."""
+def test_readme_example_trains_a_hugging_face_model():
+    """The loss can be copied as the front page says: the student moves, the teacher follows."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=256, eos_token_id=0, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    student = transformers.LlamaForCausalLM(config).eval()
+    before = copy.deepcopy(student.state_dict())
+
+    def tokenizer(text, return_tensors):
+        return mock.Mock(input_ids=torch.tensor([[*text.encode()]]))
+
+    names = {
+        "student": student,
+        "tokenizer": tokenizer,
+        "pairs": [("Who?", "Ann."), ("2 + 2?", "4")],
+    }
     example = r"<!-- example -->\n```python\n(.*?)```"
-    exec(re.search(example, (HERE / "README.md").read_text(), re.S)[1], {})
+    exec(re.search(example, (HERE / "README.md").read_text(), re.S)[1], names)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    moved = (student.state_dict()[key] - before[key]).norm()
+    followed = (names["teacher"].state_dict()[key] - before[key]).norm()
+    assert names["loss"] > 0 and 0 < followed < 0.05 * moved
 
 
 def test_readme_map_names_functions_that_exist():
