@@ -177,6 +177,7 @@ def test_a_log_goes_back_to_a_step(tmp_path):
     odd = ["5", "{}", '{"step": "1"}', "[" * 10**5, '{"step": 1, "te']
     path.write_text("\n".join([*lines, *odd]), encoding="utf-8")
     expected = [*rows[:3], looks[2]]
+    (tmp_path / ".log.jsonl.tmp").write_text("left by a kill")
     assert checkpoint.rewind(path, 2, last=2) == expected
     kept = path.read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in kept[:-1]] == expected and kept[-1] == ""

@@ -464,16 +464,13 @@ def test_resume_keeps_the_settings(tmp_path, base, data, whole):
     assert "does not fit --init_from" in error_of("--resume", "--out_dir", out)
 
 
-@pytest.mark.parametrize("value", [None, "text", 1e999, [1], {}])
-def test_odd_values_in_a_log_do_no_harm(value, tmp_path, base, data):
+@pytest.mark.parametrize("value", [None, 1e999])
+def test_odd_values_in_a_log_do_no_harm(value, tmp_path, whole):
     """--resume takes the numbers of earlier evaluations from it."""
-    out = tmp_path / "out"
-    train.main(flags(base, data, out, "--keep", "best", steps=2))
-    rows = [
-        {k: value if k != "step" else v for k, v in row.items()}
-        for row in lines(out / "metrics.jsonl")
-    ]
-    write_rows(out / "metrics.jsonl", [row | {"eval": value} for row in rows])
+    out = shutil.copytree(whole, tmp_path / "out")
+    rows = lines(out / "metrics.jsonl")
+    odd = [dict.fromkeys([*row, "eval"], value) | {"step": row["step"]} for row in rows]
+    write_rows(out / "metrics.jsonl", odd)
     resume(out)
     assert lines(out / "metrics.jsonl")[-1]["eval"] == read(out / "results.json")["final"]
 
@@ -501,9 +498,7 @@ def test_full_memory_is_called_so(tmp_path, base, data, monkeypatch):
     assert "memory is full; lower --micro_batch" in error_of(*flags(base, data, tmp_path / "out"))
 
 
-WRONG = [("--lr", v) for v in ("-1", "nan", "ten", "", "inf")] + [
-    ("--steps", v) for v in ("0", "1.5")
-]
+WRONG = [("--lr", value) for value in ("nan", "ten", "", "inf")] + [("--steps", "1.5")]
 WRONG += [(f"--{name}", "-1") for name in CHANGED] + [("--lora_rank", "0"), ("--lora_alpha", "0")]
 WRONG += [("--teacher", "other"), ("--no_such_flag", "1"), ("--step", "1"), ("--out_dir", "")]
 WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
@@ -550,14 +545,9 @@ def test_what_does_not_fit_together_ends_in_one_sentence(tmp_path, base, data, m
     assert "vocabulary of 200" in error_of(*argv, "--init_from", tmp_path / "small")
     unscored = ["--data", write_rows(tmp_path / "d.jsonl", [row]), "--keep", "best"]
     assert "--keep best needs a score" in error_of(*argv, *unscored)
-    for rank, size, word in (
-        ("x", "1", "unset"),
-        ("1", "1", "unset"),
-        ("0", "3", "multiple of the 3"),
-    ):
+    sizes = {("x", "1"): "unset both", ("1", "1"): "unset both", ("0", "3"): "multiple of the 3"}
+    for (rank, size), word in (sizes | {("0", "2"): "MASTER_ADDR"}).items():  # without torchrun
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", size)
         assert word in error_of(*argv)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # without torchrun
-    assert "MASTER_ADDR" in error_of(*argv)
     assert not (tmp_path / "out").exists()
