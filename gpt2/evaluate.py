@@ -89,8 +89,7 @@ def kl_sum(model, base, batch):
 def perplexity(model, texts, eos_id, batch_size):
     """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
     nll, count = 0.0, 0
-    # The last token of a text is predicted and not read, so that one more fits.
-    for prompts, completions in batches(texts, batch_size, model.config.block_size + 1):
+    for prompts, completions in batches(texts, batch_size, model.config.block_size):
         tokens, mask = pad_right(completions, eos_id, device_of(model))
         log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
         nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()

@@ -109,6 +109,9 @@ def test_perplexity_is_exp_of_nats_per_token():
     probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
     nats = -sum(map(math.log, probs)) / 8
     assert scores(model, prior=prior)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
+    with torch.no_grad():
+        model.log_probs[EOS, ord("a")] = -1e4  # e^10000 is no float
+    assert scores(model, prior=prior[:1])["prior_ppl"] == math.exp(700)
 
 
 def test_a_text_may_fill_the_block_exactly():
