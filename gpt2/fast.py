@@ -199,10 +199,10 @@ class RecomputingBlock(Block):
 
     def forward(self, x, layer, mask, cache):
         x = x + self.attn(self.ln_1(x), layer, mask, cache)
-        how = {"use_reentrant": False, "preserve_rng_state": False}
-        hidden = checkpoint(lambda x: self.mlp.c_fc(self.ln_2(x)), x, **how)  # (B, T, 4D)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        hidden = checkpoint(lambda x: self.mlp.c_fc(self.ln_2(x)), x, **options)  # (B, T, 4D)
         gelu = lambda hidden: F.gelu(hidden, approximate="tanh")
-        return x + checkpoint(lambda hidden: self.mlp.c_proj(gelu(hidden)), hidden, **how)
+        return x + checkpoint(lambda hidden: self.mlp.c_proj(gelu(hidden)), hidden, **options)
 
 
 # --- Loss -----------------------------------------------------------------------------------------
