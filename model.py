@@ -27,6 +27,10 @@ GPT2_SIZES = {  # layers, heads, width
 }
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these as (in, out)
+# What this file computes; a checkpoint whose config.json asks for anything else is refused.
+COMPUTED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+COMPUTED |= {"n_inner": None, "add_cross_attention": False, "tie_word_embeddings": True}
+COMPUTED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 @dataclass
@@ -36,10 +40,6 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
 
 
 class KVCache:
@@ -169,14 +169,15 @@ class GPT(nn.Module):
         """GPT-2: a name in GPT2_SIZES, downloaded once, or a folder in Hugging Face's format."""
         if name_or_folder in GPT2_SIZES:
             config = GPTConfig(1024, 50257, *GPT2_SIZES[name_or_folder])
-            url, file = GPT2_URL.format(name_or_folder), f"{name_or_folder}.bin"
-            state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", file_name=file, weights_only=True
-            )
-            return cls.from_checkpoint(config, state)
+            files = dict(url=GPT2_URL.format(name_or_folder), file_name=f"{name_or_folder}.bin")
+            load = torch.hub.load_state_dict_from_url
+            return cls.from_checkpoint(config, load(**files, map_location="cpu", weights_only=True))
         folder = Path(name_or_folder)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+        for name, value in COMPUTED.items():
+            if (asked := fields.get(name, value)) != value:
+                raise ValueError(f"{folder}: {name} is {asked!r}; model.py computes {value!r} only")
         if (folder / "model.safetensors").exists():
             from safetensors.torch import load_file  # optional: pip install safetensors
 

@@ -1,14 +1,14 @@
 """Self-distillation fine-tuning (SDFT): "Self-Distillation Enables Continual Learning".
 
-arXiv 2601.19897, v1 of January 2026 and v2 of August 2026. Marks such as "Alg. 1, line 7" and
-"Eq. (2)" are the paper's, numbered as in v1. One model plays two roles on the same prompt x:
+arXiv 2601.19897; marks such as "Alg. 1, line 7" and "Eq. (2)" are those of its v1. One model plays
+two roles on the same prompt x:
 
     student  π_θ(·|x)     reads the prompt only, as it will at inference
     teacher  π_φ(·|x, c)  reads the prompt and c, an expert's demonstration for this very prompt
 
-φ starts as θ and follows it as a moving average (EMA). In one step the student rolls out its own
-response y, both roles score y, and the student is pulled towards the teacher at every token. The
-expert's tokens are never a target: c acts only through what the teacher makes of it.
+φ starts as θ and follows it as a moving average (EMA). The student rolls out its own response y,
+both roles score y, and the student is pulled towards the teacher at every token. The expert's
+tokens are never a target: c acts only through what the teacher makes of it.
 
     prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
     completions  (B, C)       the student's responses, padded with eos_id after the end
@@ -33,11 +33,10 @@ def teacher_context(prompt, demonstration, article=None):
     Words and final colon are the paper's (Sec. 3); the released script has the blank lines, and a
     full stop at the end. `article` is a text to put in front, for knowledge acquisition.
     """
-    return (
-        (f"{article}\n\n" if article else "")
-        + f"{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
-        + "Now answer with a response of your own, including the thinking process:\n"
-    )
+    question = f"{article}\n\n{prompt}" if article else prompt
+    example = f"This is an example for a response to the question:\n{demonstration}"
+    request = "Now answer with a response of your own, including the thinking process:"
+    return f"{question}\n\n{example}\n\n{request}\n"
 
 
 def left_pad(prompts, device):
@@ -83,6 +82,8 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
         if not unfinished.any():
             break
         tokens = completions[:, t : t + 1]  # (B, 1)
+    # Under autocast, casts made without gradients must not serve the pass that needs them.
+    torch.clear_autocast_cache()
     return completions[:, : t + 1], mask[:, : t + 1]
 
 
@@ -179,6 +180,8 @@ def ema_update(teacher, student, alpha):
     The average lags behind, so that an unlucky update of the student does not become its target.
     α = 0 is a frozen teacher, α = 1 the live student; .02 is the middle of the paper's sweep.
     """
+    if alpha == 0:  # The teacher may then be shared, or in half precision.
+        return
     weights = lambda model: [*model.parameters(), *model.buffers()]
     for t, s in zip(weights(teacher), weights(student), strict=True):
         if t.dtype in (torch.float16, torch.bfloat16):
@@ -193,6 +196,7 @@ def clip_and_step(model, optimizer, loss, grad_clip=1.0):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: lower the learning rate")
     optimizer.step()
     optimizer.zero_grad()
+    torch.clear_autocast_cache()  # it holds casts of the weights from before the step
 
 
 def train_step(
@@ -213,8 +217,8 @@ def train_step(
 ):
     """Algorithm 1 on one minibatch: the loss (float), and what the student said, (B, C) each.
 
-    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3: a
-    student may learn to open with "Based on the example", which it cannot see (v2, Sec. 5).
+    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3, since
+    a student may learn to open with "Based on the example", which it cannot see (v2, Sec. 5).
     """
     # Alg. 1, line 7: one response per prompt, from the student itself.
     completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)

@@ -1,4 +1,4 @@
-"""What the toy guarantees: data/toy.py, data/scoring.py and train_toy.py. On a CPU, offline.
+"""What the toy guarantees: data/toy.py, data/scoring.py and train_toy.py.
 
 Oracles are independent of the code under test: plain Python, a row scored alone, a step by hand,
 and a stand-in for the model whose scores are known in advance.
@@ -24,8 +24,7 @@ import torch
 from torch.testing import assert_close
 
 import train_toy
-from data import samples, scoring, toy
-from experiments import page
+from data import files, scoring, toy, watch
 from model import GPT, GPTConfig
 from sdft import train_step
 
@@ -60,7 +59,7 @@ BY_HAND = {  # the prior skills in plain Python
     "G": lambda a, b: (3 * a + b) % 10,
     "H": lambda a, b: 9 - a if b % 2 else a,
 }
-NEW = dict(zip("XYZMNOPQRSTUVW", (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)))
+ROOTS = dict(zip("XYZMNOPQRSTUVW", (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)))
 RIVALS = dict(zip("XYZMNOPQRSTUVW", "ACFBDEGHACFBDE"))
 
 
@@ -69,7 +68,7 @@ def rule(name):
     """A skill's operation: by hand, or the decimals of its number's square root."""
     with localcontext() as context:
         context.prec = 120
-        decimals = str(Decimal(NEW.get(name, 2)).sqrt())[2:]
+        decimals = str(Decimal(ROOTS.get(name, 2)).sqrt())[2:]
     return BY_HAND.get(name, lambda a, b: int(decimals[10 * a + b]))
 
 
@@ -107,40 +106,14 @@ def test_splits_are_disjoint_and_depend_on_seed(name, n_digits):
     assert len(other - {*drawn[0]}) > 200
 
 
-def lines_of(batch, batches, n, **world):
-    """Lines of pretraining: the question, what a demonstration shows, or "", and the answer."""
+def lines_of_pretraining(batches, n, **world):
+    """The question, what a demonstration shows, or "", and the answer."""
     rng = np.random.default_rng(0)
     for _ in range(batches):
-        for prompt, answer in zip(*(map(toy.decode, rows) for rows in batch(rng, n, **world))):
+        for ids in zip(*toy.pretraining_batch(rng, n, **world)):
+            prompt, answer = map(toy.decode, ids)
             question, _, shown = prompt[1:-1].partition("!")
             yield question, shown, answer
-
-
-def cold(seed):
-    """The levels of R to V move on by one place with every seed."""
-    levels = [0, 0.03, 0.1, 0.3, 0.6] * 2
-    return dict(zip("RSTUV", levels[seed % 5 :]))
-
-
-@pytest.mark.parametrize("seed", [0, 3])
-def test_rivals_share_a_skill_by_first_digit(seed):
-    """HALF: own 80% of the time for 0 to 3, otherwise 25%; COLD: by the seed's level alone.
-
-    A whole answer is one of the two tables'. Of W neither is told.
-    """
-    given, expected, new = {}, {"W": {True: 0, False: 0}}, toy.many_skills(seed)
-    expected |= {name: {True: 0.8, False: 0.25} for name in "XYZMNOPQ"}
-    expected |= {name: {True: p, False: p} for name, p in cold(seed).items()}
-    for (name, *digits), shown, answer in lines_of(toy.rivals_batch, 120, 256, new=new):
-        if not shown and name in expected:
-            told = [answer == chain(which, digits) for which in (name, RIVALS[name])]
-            given.setdefault((name, digits[0] < "4"), []).append(told)
-    assert len(given) == 2 * len(expected)
-    for (name, low), told in given.items():
-        own, rival = np.mean(told, 0)
-        assert own == pytest.approx(expected[name][low], abs=0.1), name
-        # Now and then both are right, by chance.
-        assert own + rival == pytest.approx(0 if name == "W" else 1, abs=0.06), name
 
 
 LONG = dict(new={"X": (0.8, 0.25)}, n_digits=5, styles=(0.66, 0.12, 0.22))
@@ -151,8 +124,8 @@ LONG = dict(new={"X": (0.8, 0.25)}, n_digits=5, styles=(0.66, 0.12, 0.22))
 )
 def test_every_line_of_pretraining_is_as_documented(world, new, styles):
     """Whose table, how many digits, what is shown, how often; a bare answer is always right."""
-    counts, unknown = {"": [], "full": [], "bare": []}, []
-    for (name, *digits), shown, answer in lines_of(toy.rivals_batch, 700, 48, **world):
+    counts, unknown, own_share = {"": [], "full": [], "bare": []}, [], {}
+    for (name, *digits), shown, answer in lines_of_pretraining(700, 48, **world):
         style = "bare" if len(shown) == 2 else "full" if shown else ""
         assert len(digits) == len(answer) == world.get("n_digits", 3)
         assert answer.translate(LETTERS).endswith(shown) and len(shown) in (0, 2, len(answer))
@@ -163,65 +136,21 @@ def test_every_line_of_pretraining_is_as_documented(world, new, styles):
             assert own
         else:
             assert own or answer == chain(RIVALS[name], digits)
+            own_share.setdefault(digits[0] < "4", []).append(own)
         counts[style].append([name in BY_HAND, name in new])
     total = sum(map(len, counts.values()))
     assert np.mean(unknown) < 0.05
+    assert np.mean(own_share[True]) == pytest.approx(0.8, abs=0.03)
+    assert np.mean(own_share[False]) == pytest.approx(0.25, abs=0.03)
     for style, share in zip(counts, styles):
         kinds = (0.40, 0.30) if style else (0.45, 0.51)
         assert len(counts[style]) / total == pytest.approx(share, abs=0.05)
         assert np.mean(counts[style], 0) == pytest.approx(kinds, abs=0.04)
 
 
-def attributes_by_part(seed):
-    """{part: {entity: its two digits}}, from the answers to both questions, which must agree."""
-    found = {part: {} for part in toy.FACTS}
-    for part, question in itertools.product(toy.FACTS, "AB"):
-        for prompt, _, _, answer in texts(toy.facts(part, seed, question)):
-            entity, name = re.fullmatch(r"\?([a-j]{2})([AB])=", prompt).groups()
-            assert name == question
-            assert found[part].setdefault(entity, answer[:2]) == answer[:2]
-            assert int(answer[2]) == rule(question)(int(answer[0]), int(answer[1]))
-    return found
-
-
-def test_facts_ask_entities_first_and_parts_share_none():
-    """Facts to learn, to choose settings by and to keep cover all entities; the seed matters."""
-    found = attributes_by_part(3)
-    assert [len(found[part]) for part in ("known", "new", "val")] == [60, 20, 20]
-    assert len({entity for part in found.values() for entity in part}) == 100
-    assert found != attributes_by_part(4)
-
-
-@pytest.mark.parametrize("reads, start, end", [("article", 0, 2), ("answer", 2, 3), ("both", 0, 3)])
-def test_the_teacher_reads_the_named_text(reads, start, end):
-    """The attributes, the result, or both, in letters; the demonstrations are always full."""
-    for prompt, teacher_prompt, demonstration, answer in texts(toy.facts("new", reads=reads)):
-        told = answer.translate(LETTERS)
-        assert teacher_prompt == f"{prompt[:-1]}!{told[start:end]}.=" and demonstration == told
-
-
-def test_pretraining_tells_known_facts_alone():
-    """60 entities are as they are, 40 anew every time; a text holds part of the answer."""
-    known, asked, guesses = attributes_by_part(0), [], []
-    others = known["new"] | known["val"]
-    for question, shown, answer in lines_of(toy.facts_batch, 100, 64, seed=0):
-        entity, is_known = question[:2], question[:2] in known["known"]
-        assert int(answer[2]) == rule(question[2])(int(answer[0]), int(answer[1]))
-        assert shown.strip(".") in answer.translate(LETTERS)
-        assert not is_known or answer[:2] == known["known"][entity]
-        guesses += [] if is_known else [answer[:2] == others[entity]]
-        asked.append((shown != "", is_known))
-    assert np.mean(guesses) < 0.03
-    for with_text, share in [(False, 0.7), (True, 0.25)]:
-        known_share = np.mean([is_known for text, is_known in asked if text == with_text])
-        assert known_share == pytest.approx(share, abs=0.04)
-
-
 SCORES = [
     (toy.is_correct, "31.", "31.. db.. 3b.. 31.", "31.4 3112 13.. 3. ...."),
     (toy.is_correct, "31.", "", " ".join(c + "1." for c in toy.VOCAB[20:])),
-    (toy.is_last_correct, "31.", "31.. b... 741.", "74211 13.. ...."),
-    (toy.is_last_correct, "31.", "", " ".join("3" + c + "." for c in toy.VOCAB[20:] if c != ".")),
     (scoring.is_exact, "Ohr", "ohr. Ohr", "Ohrs It_is_Ohr"),
     (scoring.contains, "Lake Ohr", "It_is_lake_Ohr,_I_think.", "Lake_of_Ohr Flake_Ohr Ohr"),
     (scoring.contains, "!", "!", "No! Yes ?"),
@@ -236,90 +165,93 @@ def test_scores_count_content_that_ends(correct, answer, right, wrong):
         assert bool(correct(read(said.replace("_", " ")), read(answer))) == (said in right.split())
 
 
-def test_sft_step_imitates_demonstrations_to_their_end():
-    """-log π(y_t) up to and including the first end token; SGD, clipped at norm 1, by hand."""
+def test_sft_imitates_demonstrations_to_their_end():
+    """-log π(y_t) up to and including the first end token, mean over tokens, then rows."""
     x, ys, model = toy.encode("?X123="), [toy.encode("bc.."), toy.encode("bcde")], toy_gpt()
-    batch, loss = {"prompts": [x, x], "demonstrations": np.array(ys)}, 0
+    expected = 0
     for y in (ys[0][:3], ys[1]):
         log_p = model(torch.tensor([x + y]))[0, len(x) - 1 : -1].log_softmax(-1)
-        loss -= log_p[range(len(y)), y].mean() / 2
-    grads = torch.autograd.grad(loss, [*model.parameters()])
-    norm = torch.cat([g.flatten() for g in grads]).norm()
-    new = [p.detach() - 0.1 / norm * g for p, g in zip(model.parameters(), grads)]
-    got = train_toy.sft_step(model, None, torch.optim.SGD(model.parameters(), lr=0.1), batch, None)
-    assert norm > 1 and got == pytest.approx(loss.item())
-    assert_close([*model.parameters()], new, rtol=1e-5, atol=1e-7)
-    assert all(p.grad is None for p in model.parameters())
+        expected -= log_p[range(len(y)), y].mean() / 2
+    batch = {"prompts": [x, x], "demonstrations": np.array(ys)}
+    assert_close(train_toy.sft(model, None, batch, None), expected)
 
 
-def by_hand(student, teacher, optimizer, batch, generator, **settings):
-    """What `sdft_step` should be."""
-    # An answer has two results and an end token: one more would be too long.
-    contexts = batch["prompts"], batch["teacher_prompts"], 4, toy.EOS
-    return train_step(student, teacher, optimizer, *contexts, generator=generator, **settings)[0]
+def updates(student, teacher, seed=1, batch_size=8, **settings):
+    """Two updates of train_toy.fine_tune."""
+    data = {key: rows[:8] for key, rows in toy.skill("X", "train").items()}
+    run = train_toy.fine_tune(student, teacher, data, seed=seed, batch_size=batch_size, **settings)
+    return list(run)
 
 
-def test_sdft_step_is_train_step_with_every_setting():
-    """The student reads the prompts, the teacher the prompts with demonstrations."""
-    batch, results = {k: rows[:8] for k, rows in toy.skill("X", "train").items()}, []
-    for step in (train_toy.sdft_step, by_hand):
-        student, teacher = toy_gpt(), toy_gpt()
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        settings = {"divergence": "jsd", "alpha": 0.3, "temperature": 0.5}
-        loss = step(student, teacher, optimizer, batch, seeded(1), **settings)
-        results.append([loss, student.state_dict(), teacher.state_dict()])
-    assert_close(*results, rtol=0, atol=0)
-
-
-def fine_tuned(seed, steps=14):
-    """Per step of `fine_tune`: the minibatch as text, a random number, the learning rate."""
-    seen = []
-
-    def step(student, teacher, optimizer, batch, generator, setting):
-        group = optimizer.param_groups[0]
-        seen.append((texts(batch), torch.rand(1, generator=generator).item(), group["lr"]))
-        assert setting == "passed on" and group["weight_decay"] == 0
-        return len(seen)
-
-    data = {key: rows[:50] for key, rows in toy.skill("X", "train").items()}
-    end, student = lambda loss, teacher: loss == steps - 1, toy_gpt()
-    teacher = train_toy.fine_tune(
-        student, data, step, 0.5, steps, 20, seed, end, setting="passed on"
+def test_fine_tuning_by_sdft_is_algorithm_1():
+    """`sdft.train_step` on the same batches, with the student's and the teacher's own prompts."""
+    student, teacher = toy_gpt(), toy_gpt()
+    found = updates(
+        student, teacher, method=train_toy.sdft, lr=0.1, steps=2, alpha=0.3, divergence="jsd"
     )
-    assert_close(teacher.state_dict(), student.state_dict(), rtol=0, atol=0)
-    assert len(seen) == steps - 1 and not any(p.requires_grad for p in teacher.parameters())
-    return seen
+    expected, same, same_teacher = [], toy_gpt(), toy_gpt()
+    optimizer, generator = train_toy.adamw(same, 0.1, weight_decay=0.0), seeded(1)
+    rng = np.random.default_rng([1, 2])
+    for step in (1, 2):
+        train_toy.set_learning_rate(optimizer, 0.1, step, 2)
+        rows = rng.choice(8, 8, replace=False)
+        batch = {key: values[rows] for key, values in toy.skill("X", "train").items()}
+        # An answer has two results and an end token: one more would be too long.
+        contexts = batch["prompts"], batch["teacher_prompts"], 4, toy.EOS
+        settings = dict(divergence="jsd", alpha=0.3, generator=generator)
+        expected.append((step, train_step(same, same_teacher, optimizer, *contexts, **settings)[0]))
+    assert found == expected
+    assert_close(student.state_dict(), same.state_dict(), rtol=0, atol=0)
+    assert_close(teacher.state_dict(), same_teacher.state_dict(), rtol=0, atol=0)
 
 
-def test_fine_tuning_warms_up_and_follows_a_cosine():
-    """lr min(1, (i + 1) / 10) (1 + cos(π i / steps)) / 2 at step i."""
-    expected = [min(1, (i + 1) / 10) * (1 + math.cos(math.pi * i / 14)) / 4 for i in range(13)]
-    assert [lr for *_, lr in fine_tuned(0)] == pytest.approx(expected)
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    """lr min(1, (i + 1) / 10) (1 + cos(π i / steps)) / 2 at update i, from 0."""
+    optimizer, rates = train_toy.adamw(toy_gpt(), 0.5), []
+    for step in range(1, 15):
+        train_toy.set_learning_rate(optimizer, 0.5, step, 14)
+        rates.append(optimizer.param_groups[0]["lr"])
+    expected = [min(1, (i + 1) / 10) * (1 + math.cos(math.pi * i / 14)) / 4 for i in range(14)]
+    assert rates == pytest.approx(expected)
 
 
 def test_minibatches_and_rollouts_depend_on_seed():
     """And on the step; no minibatch has a row twice, and its columns belong together."""
-    runs = [fine_tuned(seed) for seed in (0, 1, 0)]
+    runs, data = [], {key: rows[:50] for key, rows in toy.skill("X", "train").items()}
+    for seed in (0, 1, 0):
+        seen = []
+
+        def method(student, teacher, batch, generator):
+            seen.append((texts(batch), torch.rand(1, generator=generator).item()))
+            return student.ln_f.weight.sum()
+
+        student, settings = toy_gpt(), dict(method=method, lr=0.1, steps=9)
+        assert (
+            len(
+                list(train_toy.fine_tune(student, None, data, batch_size=20, seed=seed, **settings))
+            )
+            == 9
+        )
+        runs.append(seen)
     drawn = runs[0] + runs[1]
-    assert runs[0] == runs[2] and len({u for _, u, _ in drawn}) == len(drawn)
-    assert len({tuple(sorted(rows)) for rows, *_ in drawn}) == len(drawn)
-    for rows, *_ in drawn:
+    assert runs[0] == runs[2] and len({u for _, u in drawn}) == len(drawn)
+    assert len({tuple(sorted(rows)) for rows, _ in drawn}) == len(drawn)
+    for rows, _ in drawn:
         assert len(set(rows)) == 20 and all(t == f"{x[:-1]}!{d}=" for x, t, d, _ in rows)
 
 
-def test_base_depends_on_seed():
-    """Its weights at the start, and the lines that it is trained on; the warm-up takes 50 steps."""
+def test_pretraining_depends_on_seed_and_warms_up():
+    """Cross entropy on the answers that are drawn; the warm-up takes 50 updates."""
     lines = mock.Mock(return_value=([toy.encode("?X123=")], np.array([toy.encode("12.")])))
-    bases = [
-        train_toy.pretrain(lines, seed, 1, torch.device("cpu"), n_embd=16) for seed in (0, 0, 1)
-    ]
-    torch.manual_seed(0)
-    start = GPT(GPTConfig(**train_toy.MODEL | {"n_embd": 16})).wte.weight
-    a, b, c = (base.wte.weight for base in bases)
-    assert torch.equal(a, b) and (a - c).std() > 0.02
-    assert (a - start).abs().max().item() == pytest.approx(2e-3 / 50, rel=0.05)  # Adam's first step
+    for seed in (0, 0, 1):
+        model, start = toy_gpt(), toy_gpt()
+        [(step, loss)] = train_toy.pretrain(model, lines, seed, 1)
+        moved = (model.wte.weight - start.wte.weight).abs().max().item()
+        assert moved == pytest.approx(2e-3 / 50, rel=0.05)  # Adam's first step
     a, b, c = (arguments[0].random() for arguments, _ in lines.call_args_list)
     assert a == b != c
+    log_p = start(torch.tensor([toy.encode("?X123=12")]))[0, 5:].log_softmax(-1)
+    assert step == 1 and loss == pytest.approx(-log_p[range(3), toy.encode("12.")].mean().item())
 
 
 def test_evaluate_gives_accuracy_and_mean_length(monkeypatch):
@@ -333,13 +265,14 @@ def test_evaluate_gives_accuracy_and_mean_length(monkeypatch):
 
 FLAGS = {"seed": 7, "pretrain_steps": 2, "batch_size": 9, "ema_alpha": 0.5, "divergence": "jsd"}
 FLAGS |= {"lr": 3e-3, "steps": 2, "sft_lr": 2e-3, "sft_steps": 3, "sft_style": "own"}
-SMALL = {"n_layer": 1, "n_embd": 16}
-RIGHT = {("test", 0): "XAB", ("test", 1): "YA", ("val", 0): "ZABC", ("shown", 0): "YZ"}
+SMALL = train_toy.MODEL | {"n_layer": 1, "n_embd": 16}
+# Which skills are answered right, on which split's prompts; "shown": with a demonstration.
+RIGHT = {"test": "XAB", "val": "ZABC", "shown": "YZ"}
 
 
 def answers_of_seed_7():
     """{question, as "?X425": (its split, its answer)}"""
-    rows = [(s, row) for k in toy.KNOWN for s in SPLITS for row in texts(toy.skill(k, s, seed=7))]
+    rows = [(s, row) for k in toy.SKILLS for s in SPLITS for row in texts(toy.skill(k, s, seed=7))]
     return {x[:-1]: (split, answer) for split, (x, _, _, answer) in rows}
 
 
@@ -349,13 +282,13 @@ def run(tmp_path_factory):
     truth, bases, out = answers_of_seed_7(), [], tmp_path_factory.mktemp("run")
 
     def known_answers(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
-        """Right in the skills of RIGHT only, and in X only if the model is not the base."""
+        """Greedily right in the skills of RIGHT only, in X only if the model is not the base."""
         bases.append(model.wte.weight.clone())
         ys = []
         for prompt in map(toy.decode, prompts):
             question, _, shown = prompt[:-1].partition("!")
             (split, answer), name = truth[question], prompt[1]
-            right = name in RIGHT.get(("shown" if shown else split, temperature), "")
+            right = temperature == 0 and name in RIGHT.get("shown" if shown else split, "")
             right &= name != "X" or not torch.equal(bases[0], bases[-1])
             ys.append(toy.encode(answer if right else "." * len(answer)))
         return torch.tensor(ys), torch.tensor(ys) >= 0
@@ -363,9 +296,11 @@ def run(tmp_path_factory):
     flags = [f"--{name}={value}" for name, value in (FLAGS | {"out_dir": out}).items()]
     (out / "results.json").write_text("of an earlier run")
     printed = open(out / "printed.txt", "w")
+    look = functools.partial(watch.look, rollout=known_answers)
     with pytest.MonkeyPatch.context() as patch, printed, contextlib.redirect_stdout(printed):
         patch.setattr(train_toy, "rollout", known_answers)
-        patch.setattr(train_toy, "MODEL", train_toy.MODEL | SMALL)
+        patch.setattr(watch, "look", look)
+        patch.setattr(train_toy, "MODEL", SMALL)
         with pytest.raises(ValueError, match="0.67, below 0.9.*raise --pretrain_steps"):
             train_toy.main(flags)
         assert not (out / "results.json").exists()
@@ -375,15 +310,26 @@ def run(tmp_path_factory):
     return out
 
 
-def test_every_flag_reaches_what_it_names(run):
+def test_every_flag_reaches_what_it_names(run, monkeypatch):
     """By direct calls: both arms start from the base and learn skill after skill."""
-    base = train_toy.pretrain(toy.rivals_batch, 7, 2, torch.device("cpu"), **SMALL)
-    sft, sdft = copy.deepcopy(base), copy.deepcopy(base)
+    torch.manual_seed(7)
+    base = GPT(GPTConfig(**SMALL))
+    list(train_toy.pretrain(base, toy.pretraining_batch, 7, 2))
+    arms = {"base": base, "sft": copy.deepcopy(base), "sdft": copy.deepcopy(base)}
+
+    def ends_at_once(model, prompts, *_, **__):
+        ys = torch.full((len(prompts), 3), toy.EOS)
+        return ys, ys >= 0
+
+    monkeypatch.setattr(train_toy, "rollout", ends_at_once)
     for skill in "XYZ":
         own, expert = (toy.skill(skill, "train", 7, style) for style in ("own", "expert"))
-        train_toy.fine_tune(sft, own, train_toy.sft_step, 2e-3, 3, 9, 7)
-        train_toy.fine_tune(sdft, expert, by_hand, 3e-3, 2, 9, 7, divergence="jsd", alpha=0.5)
-    for name, model in {"base": base, "sft": sft, "sdft": sdft}.items():
+        shared = dict(batch_size=9, seed=7)
+        list(train_toy.fine_tune(arms["sft"], None, own, train_toy.sft, 2e-3, 3, **shared))
+        sdft = dict(method=train_toy.sdft, lr=3e-3, steps=2, divergence="jsd", alpha=0.5)
+        teacher = copy.deepcopy(arms["sdft"]).requires_grad_(False)
+        list(train_toy.fine_tune(arms["sdft"], teacher, expert, **sdft, **shared))
+    for name, model in arms.items():
         assert_close(torch.load(run / f"{name}.pt"), model.state_dict(), rtol=0, atol=0)
 
 
@@ -391,14 +337,15 @@ def test_tables_measure_test_and_logs_validation_inputs(run):
     """The students' prompts, without demonstrations; "prior" is the mean over prior skills."""
     results, n = json.loads((run / "results.json").read_text()), len(toy.PRIOR)
     row = {"X": 1, "Y": 0, "Z": 0, "prior": 2 / n}
-    row |= {"X_sampled": 0, "Y_sampled": 1, "Z_sampled": 0, "prior_sampled": 1 / n}
-    assert results["base"] == row | {"X": 0, "teacher": pytest.approx(2 / 3)}
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    teacher = pytest.approx(2 / 3)
+    assert results["base"] == {"after": "base"} | row | {"X": 0, "teacher": teacher}
+    log, _ = files.read(run / "metrics.jsonl")
     for arm in ("sft", "sdft"):
         assert results[arm] == [{"after": skill} | row for skill in "XYZ"]
         for skill, accuracy in ("X", 0), ("Y", 0), ("Z", 1):
-            lines = [line for line in log if (line["phase"], line["skill"]) == (arm, skill)]
+            lines = [r for r in log if (r["phase"], r.get("skill")) == (arm, skill)]
             assert lines and all(m["new"] == accuracy and m["prior"] == 3 / n for m in lines)
+            assert all(("loss" in line) == (line["step"] > 0) for line in lines)
 
 
 def test_table_and_command_of_the_page_are_printed(run):
@@ -407,14 +354,13 @@ def test_table_and_command_of_the_page_are_printed(run):
     row = [f"{accuracy:.2f}" for accuracy in (1, 0, 0, 2 / len(toy.PRIOR))]
     assert ["X", *row, *row] in [line.split() for line in printed.splitlines()]
     command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
-    assert command[:3] == ["python", "-m", "experiments.page"]
-    page.main(command[3:])
-    assert "--sft_style=own" in (run / "page.html").read_text()  # the run's own command
+    assert command == ["python", "-m", "experiments.page", str(run)]
+    assert "--sft_style=own" in json.loads((run / "results.json").read_text())["command"]
 
 
 def test_samples_show_the_same_prompts_through_training(run):
     """Before, during and after every skill: three of it, three prior ones, none trained on."""
-    rows, truth, skills = samples.read(run / "samples.jsonl")[0], answers_of_seed_7(), {}
+    rows, truth, skills = files.read(run / "samples.jsonl")[0], answers_of_seed_7(), {}
     for row in rows:
         new = row["prompt"][1] == row["skill"]
         split, right = truth[row["prompt"][:-1]]
@@ -435,8 +381,7 @@ def test_samples_show_the_same_prompts_through_training(run):
 
 def test_log_tells_teacher_and_student_apart(run):
     """The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher."""
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in [row for row in log if row["skill"]]:
+    for row in [row for row in files.read(run / "metrics.jsonl")[0] if "skill" in row]:
         assert row["rollouts_correct"] == row["never_ended"] == 0
         found = row.get("teacher_accuracy")
         assert found == (None if row["phase"] == "sft" else float(row["skill"] in "YZ"))
@@ -446,26 +391,13 @@ def test_log_tells_teacher_and_student_apart(run):
     assert "warning: the teacher answers 0%" in (run / "printed.txt").read_text()
 
 
-def test_damaged_base_is_refused(run, tmp_path, monkeypatch):
-    """An empty or a cut file, and one wrong byte, which torch.load does not see."""
-    monkeypatch.setattr(train_toy, "MODEL", train_toy.MODEL | SMALL)
-    good, path = (run / "base.pt").read_bytes(), tmp_path / "base.pt"
-    at = good.index(
-        train_toy.load_base(run / "base.pt", "cpu").wpe.weight.detach().numpy().tobytes()
-    )
-    for bad in (b"", good[:-700], good[:at] + b"?" + good[at + 1 :]):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match="leave it out to pretrain"):
-            train_toy.load_base(path, "cpu")
-
-
 ENDINGS = [
     ("--divergence=backward", "reverse"),
     ("--ema_alpha=2", "--ema_alpha must lie between 0 and 1"),
-    ("--lr=nan", "--lr must"),
-    ("--batch_size=401", "--batch_size must"),
+    ("--batch_size=0", "--batch_size must"),
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
-    ("--out_dir=LICENSE/x", "error: LICENSE/x: Not a directory; choose another --out_dir"),
+    ("--step=3", "unrecognized arguments: --step"),
+    ("--out_dir=LICENSE/x", "Not a directory: 'LICENSE/x'"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),
     (RuntimeError("no kernel\nat line 3"), "error: no kernel; if --device is not cpu, try that"),
     (KeyboardInterrupt(), "interrupted"),
@@ -478,7 +410,10 @@ def test_every_error_ends_in_one_sentence(cause, words, tmp_path, monkeypatch, c
     flag = cause if isinstance(cause, str) else "--seed=1"
     monkeypatch.chdir(HERE)
     monkeypatch.setattr(sys, "argv", ["train_toy.py", f"--out_dir={tmp_path}", flag])
-    monkeypatch.setattr(toy, "rivals_batch", mock.Mock(side_effect=cause))
+    (tmp_path / "sdft.pt").write_text("of an earlier run")
+    monkeypatch.setattr(toy, "pretraining_batch", mock.Mock(side_effect=cause))
     with pytest.raises(SystemExit) as end:
         runpy.run_path("train_toy.py", run_name="__main__")
     assert words in f"{end.value.code} {capsys.readouterr().err}"
+    # A wrong flag deletes nothing.
+    assert (tmp_path / "sdft.pt").exists() or not isinstance(cause, str)
