@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import watch
 from data.scoring import contains, is_exact
 from gpt2.data import batches, decode, pad_right
 from sdft import completion_logits, rollout, token_divergence
 
+N_WATCHED = 24  # training rows
 COLUMNS = {  # of the tables: score -> heading and format
     "exact": ("new exact", "{:.2f}"),
     "lenient": ("lenient", "{:.2f}"),
@@ -110,11 +112,25 @@ def device_of(model):
     return next(model.parameters()).device
 
 
+# --- What data/watch.py looks at ------------------------------------------------------------------
+
+
+def rows_to_watch(sets, longest):
+    """The first training rows, and prior questions of at most `longest` tokens, for `watch.look`."""
+    rows = [row | {"kind": "new"} for row in sets["train"][:N_WATCHED]]
+    for row in sets["prior"]:
+        if "answer_ids" in row and len(row["prompt_ids"]) <= longest:
+            same = {"teacher_prompt": row["prompt"], "teacher_ids": row["prompt_ids"]}
+            rows.append(row | same | {"kind": "prior", "demonstration": ""})
+    names = ("kind", "prompt", "teacher_prompt", "demonstration", "teacher_ids")
+    return [
+        {name: row[name] for name in names}
+        | {"student_ids": row["prompt_ids"], "expected": row["answer"]}
+        for row in rows[: N_WATCHED + watch.N_SAMPLES]
+    ]
+
+
 # --- Tables ---------------------------------------------------------------------------------------
-
-
-def in_tables(name):
-    return name in COLUMNS or name.startswith("old ")
 
 
 def show(scores, name):
@@ -140,19 +156,18 @@ def table(rows):
 def report(folders):
     """The table of finished runs, and the matrix of stages. Runs from one base share its row."""
     rows, stages = [], []
-    unreadable = OSError, ArithmeticError, AttributeError, LookupError, ValueError, TypeError
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             base, final = (
-                {name: float(score) for name, score in results[when].items() if in_tables(name)}
+                {name: float(score) for name, score in results[when].items()}
                 for when in ("base", "final")
             )
             config = results["config"]
             label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
             task = config.get("test") or config.get("data")
             stages.append((config.get("init_from"), folder, task, base, final))
-        except (*unreadable, RecursionError):
+        except Exception:  # whatever a missing or damaged file makes the reader raise
             raise ValueError(
                 f"there is no readable results.json in {folder}; --report takes the --out_dir of "
                 "finished runs"
@@ -170,11 +185,12 @@ def matrix(stages):
     stages  (init_from, out_dir, the file of the run's own task, scores before, scores after)
     """
     rows, tasks = {}, {}
-    for start, folder, task, *scores in stages:
+    for start, folder, task, before, after in stages:
         tasks[task] = None
-        for stage, score in zip((start, folder), scores):
-            known = {name[4:]: value for name, value in score.items() if name.startswith("old ")}
-            known |= {task: score["lenient"]} if "lenient" in score else {}
+        for stage, scores in ((start, before), (folder, after)):
+            known = {name[4:]: score for name, score in scores.items() if name.startswith("old ")}
+            if "lenient" in scores:
+                known[task] = scores["lenient"]
             tasks |= dict.fromkeys(known)
             rows.setdefault(str(Path(str(stage))), {}).update(known)
     lines = ["| lenient, after | " + " | ".join(map(str, tasks)) + " |"]
