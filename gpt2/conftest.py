@@ -14,7 +14,7 @@ from gpt2 import checkpoint, train
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ a"]  # Ġ is GPT-2's letter for a space
+MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ 2"]  # Ġ is GPT-2's letter for a space
 EOS = 262
 # GPT-2's published pattern, written down a second time: the oracle of gpt2/data.py's.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

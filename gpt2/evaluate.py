@@ -133,29 +133,37 @@ def rows_to_watch(sets, longest):
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def show(scores, name):
-    return COLUMNS.get(name, ("", "{:.2f}"))[1].format(scores[name]) if name in scores else "-"
+def cells(scores, names):
+    """(heading, score as text) of each name; a dash if there is no such score."""
+    for name in names:
+        heading, form = COLUMNS.get(name, (name, "{:.2f}"))
+        yield heading, form.format(scores[name]) if name in scores else "-"
+
+
+def columns(*scores):
+    """Names of the scores that tables show; every file of --old has a column of its own."""
+    old = [name for some in scores for name in some if name.startswith("old ")]
+    return [*COLUMNS, *dict.fromkeys(old)]
 
 
 def line_of(scores):
     """All scores on one line of the log."""
-    columns = {name: heading for name, (heading, _) in COLUMNS.items()}
-    columns |= {name: name for name in scores if name.startswith("old ")}
-    return "  ".join(f"{heading} {show(scores, name)}" for name, heading in columns.items())
+    return "  ".join(f"{heading} {text}" for heading, text in cells(scores, columns(scores)))
 
 
 def table(rows):
     """Markdown of (label, scores) rows."""
-    headings = " | ".join(heading for heading, _ in COLUMNS.values())
-    lines = [f"| | {headings} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    names = columns(*(scores for _, scores in rows))
+    headings = " | ".join(heading for heading, _ in cells({}, names))
+    lines = [f"| | {headings} |", "|---" + "|---:" * len(names) + "|"]
     for label, scores in rows:
-        lines.append(f"| {label} | " + " | ".join(show(scores, name) for name in COLUMNS) + " |")
+        lines.append(f"| {label} | " + " | ".join(text for _, text in cells(scores, names)) + " |")
     return "\n".join(lines)
 
 
 def report(folders):
-    """The table of finished runs, and the matrix of stages. Runs from one base share its row."""
-    rows, stages = [], []
+    """The table of finished runs. Runs from one base share its row."""
+    rows = []
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
@@ -165,8 +173,6 @@ def report(folders):
             )
             config = results["config"]
             label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
-            task = config.get("test") or config.get("data")
-            stages.append((config.get("init_from"), folder, task, base, final))
         except Exception:  # whatever a missing or damaged file makes the reader raise
             raise ValueError(
                 f"there is no readable results.json in {folder}; --report takes the --out_dir of "
@@ -175,27 +181,4 @@ def report(folders):
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))
-    old = [name for _, scores in rows for name in scores if name.startswith("old ")]
-    return table(rows) + ("\n\n" + matrix(stages) if old else "")
-
-
-def matrix(stages):
-    """What became of every task, in Markdown: a row per stage, the share answered right, leniently.
-
-    stages  (init_from, out_dir, the file of the run's own task, scores before, scores after)
-    """
-    rows, tasks = {}, {}
-    for start, folder, task, before, after in stages:
-        tasks[task] = None
-        for stage, scores in ((start, before), (folder, after)):
-            known = {name[4:]: score for name, score in scores.items() if name.startswith("old ")}
-            if "lenient" in scores:
-                known[task] = scores["lenient"]
-            tasks |= dict.fromkeys(known)
-            rows.setdefault(str(Path(str(stage))), {}).update(known)
-    lines = ["| lenient, after | " + " | ".join(map(str, tasks)) + " |"]
-    lines.append("|---" + "|---:" * len(tasks) + "|")
-    for stage, known in rows.items():
-        cells = [f"{known[task]:.2f}" if task in known else "-" for task in tasks]
-        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return table(rows)

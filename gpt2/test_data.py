@@ -31,27 +31,14 @@ def teacher_text(path, **settings):
 def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
     """Against GPT-2's published word pattern; a file that changes is read again."""
     oracle, enc = write_vocabulary(tmp_path), load_encoding(tmp_path)
-    texts = "the man in the hat", "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 ", "<|endoftext|>"
+    texts = "the man in the hat", "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 !", "<|endoftext|>"
     for text in texts:
         assert enc.encode_ordinary(text) == oracle.encode_ordinary(text)
         assert enc.decode(enc.encode_ordinary(text)) == text
-    assert enc.eot_token == EOS and len(enc.encode_ordinary(" the")) == 1
+    assert enc.eot_token == EOS and len(enc.encode_ordinary(" the 2")) == 2
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
     with pytest.raises(ValueError, match="vocab.json.* damaged"):
         load_encoding(tmp_path)
-
-
-def test_words_are_split_as_gpt2_splits_them(tmp_path):
-    """A space belongs to the word, number or sign after it: with a merge " 2" it is one token."""
-    write_vocabulary(tmp_path)
-    merges, vocab = tmp_path / "merges.txt", json.loads((tmp_path / "vocab.json").read_text())
-    merges.write_text(merges.read_text() + "Ġ 2\nĠ !\n")
-    del vocab["<|endoftext|>"]
-    vocab |= {"Ġ2": len(vocab), "Ġ!": len(vocab) + 1, "<|endoftext|>": len(vocab) + 2}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    enc = load_encoding(tmp_path)
-    parts = [enc.decode([token]) for token in enc.encode_ordinary("an 2 ! the")]
-    assert parts == ["an", " 2", " !", " the"]
 
 
 @pytest.mark.parametrize("eos", ["262", 0, 261, 263, 262.0, None])
@@ -81,10 +68,7 @@ def test_special_tokens_in_data_are_text(tmp_path):
     (out,) = read(write_rows(tmp_path / "d.jsonl", [row]))
     assert out["demonstration_ids"].count(256) == 1 and out["demonstration_ids"][-1] == 256
     assert 256 not in out["prompt_ids"] + out["teacher_ids"]
-    assert BYTES.decode(out["prompt_ids"]) == row["prompt"]
     assert BYTES.decode(out["demonstration_ids"][:-1]) == row["demonstration"]
-    _, mask = pad_right([out["demonstration_ids"], [1]], 256, "cpu")
-    assert mask.sum(1).tolist() == [len(out["demonstration_ids"]), 1]
 
 
 def test_decoding_stops_at_the_end_token():
@@ -92,6 +76,8 @@ def test_decoding_stops_at_the_end_token():
     assert data_file.decode(BYTES, [72, 105, 300, 256, 72]) == "Hi\ufffd"
     assert data_file.to_bytes(BYTES, [72, 256]) == b"H"
     assert data_file.to_bytes(BYTES, [256]) == b"<|endoftext|>"
+    tokens, mask = pad_right([[1, 2, 3], [4]], 256, "cpu")
+    assert tokens.tolist() == [[1, 2, 3], [4, 256, 256]] and mask.sum(1).tolist() == [3, 1]
 
 
 # --- What the teacher reads -----------------------------------------------------------------------
@@ -273,16 +259,11 @@ def test_the_shipped_data_is_valid():
     def load(name, kind):
         return read(ROOT / "data" / f"{name}.jsonl", kind, block_size=4096, max_new_tokens=64)
 
-    facts, units = load("facts", "training"), load("units", "training")
-    prior = load("prior", "prior")
-    assert len(facts) == len(units) == 24
-    assert [sum(key in r for r in prior) for key in ("answer_ids", "text_ids")] == [24, 8]
+    rows = load("facts", "training") + load("units", "training")
+    assert all(contains(row["demonstration"], row["answer"]) for row in rows) and len(rows) == 48
     for line in (ROOT / "data" / "facts.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        assert all(contains(row[k], row["answer"]) for k in ("demonstration", "article")), row
-    for row in units:
-        minutes = int(re.search(r"\d+", row["prompt"])[0])
-        h, m = map(int, re.findall(r"\d+", row["answer"]))
-        assert minutes == 60 * h + m
+        assert contains(json.loads(line)["article"], json.loads(line)["answer"])
+    prior = load("prior", "prior")
+    assert [sum(key in row for row in prior) for key in ("answer_ids", "text_ids")] == [24, 8]
     tests = load("facts_ood", "task") + load("units_test", "task")
-    assert not {r["prompt"] for r in facts + units} & {r["prompt"] for r in tests}
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in tests}

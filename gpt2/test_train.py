@@ -145,7 +145,6 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data):
         assert row["eval"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
         assert (row["new"], row["prior"]) == (row["eval"]["lenient"], row["eval"]["prior_acc"])
     assert looks[0]["eval"]["kl_to_base"] == 0 < looks[2]["eval"]["kl_to_base"]
-    # The base of both is the same.
     samples = [row for row in lines(out / "samples.jsonl") if row["step"] == 5]
     assert {row["divergence"] for row in samples} == {"jsd"} and len(samples) == 4
     judge = (teacher, "teacher_ids") if method == "sdft" else (first, "teacher_ids")
@@ -161,40 +160,20 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data):
 
 def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
     """OOD measured on the test set would look like any other score. --test defaults to --data."""
-    argv, enc = ["--out_dir", "unused"], load_encoding(base)
+    argv, enc, long = ["--out_dir", "unused"], load_encoding(base), {"prompt": "Q" * 400}
     for name in ("data", "test", "ood", "eval", "old"):
-        row = {"prompt": f"Of {name}?\n", "demonstration": "D", "answer": "A"}
-        argv += [f"--{name}", str(write_rows(tmp_path / name, [row]))]
-    names = {
-        "train": "data",
-        "test": "test",
-        "ood": "ood",
-        "prior": "eval",
-        f"old {tmp_path / 'old'}": "old",
-    }
+        row = {"prompt": f"Of {name}?\n", "demonstration": "D", "answer": "A", "article": "An A."}
+        argv += [f"--{name}", str(write_rows(tmp_path / name, [row, row | long]))]
+    names = {"train": "data", "test": "test", "ood": "ood", "prior": "eval"}
+    names[f"old {tmp_path / 'old'}"] = "old"
+    with pytest.raises(ValueError, match="--skip_long"):
+        train.read_sets(train.parse_args(argv), enc, 320)
+    argv += ["--skip_long", "--teacher_reads", "article"]
     for names, argv in ((names, argv), (names | {"test": "data"}, argv[:4] + argv[6:])):
         sets = train.read_sets(train.parse_args(argv), enc, 320)
         read_from = {name: [row["prompt"] for row in rows] for name, rows in sets.items()}
         assert read_from == {name: [f"Of {flag}?\n"] for name, flag in names.items()}
-
-
-def test_data_flags_reach_the_reader(tmp_path, base, data):
-    """--teacher_reads, --skip_long and --method, in the rows that training gets."""
-    enc, more = load_encoding(base), ["--out_dir", "unused", "--data", str(data / "train.jsonl")]
-
-    def first(block_size, *argv):
-        return train.read_sets(train.parse_args([*more, *argv]), enc, block_size)["train"][0]
-
-    template = teacher_context("What is 0?\n", "It is 0 ")
-    for reads, text in (("article", "Article 0.\n\nWhat is 0?\n"), ("demonstration", template)):
-        assert enc.decode(first(320, "--teacher_reads", reads)["teacher_ids"]) == text
-    longest = len(enc.encode_ordinary("Article 0.\n\n" + template)) + 64
-    with pytest.raises(ValueError, match="--skip_long"):
-        first(longest)  # other demonstrations are longer by three letters
-    assert first(longest, "--skip_long")["prompt"] == "What is 0?\n"
-    more[-1] = str(write_rows(tmp_path / "d.jsonl", [{"prompt": "Q\n", "article": "A"}]))
-    with pytest.raises(ValueError, match="demonstration is missing"):
-        first(320, "--teacher_reads", "article", "--method", "sft")
+        assert sets["train"][0]["teacher_prompt"] == "An A.\n\nOf data?\n"
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
@@ -247,31 +226,28 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
     capsys.readouterr()
     train.main(["--report", str(whole), str(second)])
     table = capsys.readouterr().out
-    assert "sdft, 8 steps" in table and "sft, 1 steps" in table and f"| {old} |" in table
+    assert "sdft, 8 steps" in table and "sft, 1 steps" in table and f"| old {old} |" in table
 
 
-def test_samples_are_of_the_same_prompts_and_random_numbers(tmp_path, whole, base, data):
+def test_samples_are_of_the_same_prompts_and_random_numbers(tmp_path, base, data):
     """Three training rows and the prior question at every look; the teacher's before training."""
-    rows = lines(whole / "samples.jsonl")
-    assert {row["step"] for row in rows if row["role"] == "teacher"} == {0}
-    for step in (0, 2, 4, 6, 8):
-        *new, prior = (r for r in rows if r["step"] == step and r["role"] == "student")
-        assert [row["prompt"] for row in new] == [f"What is {i}?\n" for i in range(3)]
-        assert [row["expected"] for row in new] == ["0", "1", "2"]
-        assert new[1]["demonstration"] == "It is 1 x"
-        assert new[1]["teacher_prompt"] == "Article 1.\n\n" + teacher_context(
-            "What is 1?\n", "It is 1 x"
-        )
-        assert prior["prompt"] == prior["teacher_prompt"] == "one, two"
-        assert (prior["expected"], prior["demonstration"]) == (", three", "")
     said = {}
     for seed in (0, 1):  # a rate of 0: the model stays as it is
         out = tmp_path / str(seed)
         train.main(flags(base, data, out, "--lr", 0, "--seed", seed, steps=3))
         for row in lines(out / "samples.jsonl"):
-            if row["role"] == "student" and row["kind"] == "new":
-                said.setdefault((seed, row["step"]), []).append(row["response"])
-    assert said[0, 0] == said[0, 2] == said[0, 3] != said[1, 0] == said[1, 3]
+            said.setdefault((seed, row["step"], row["role"]), []).append(row)
+    for step in (0, 2, 3):
+        *new, prior = said[0, step, "student"]
+        assert [row["prompt"] for row in new] == [f"What is {i}?\n" for i in range(3)]
+        assert (new[1]["expected"], new[1]["demonstration"]) == ("1", "It is 1 x")
+        template = teacher_context("What is 1?\n", "It is 1 x", "Article 1.")
+        assert new[1]["teacher_prompt"] == template
+        assert prior["prompt"] == prior["teacher_prompt"] == "one, two"
+        assert (prior["expected"], prior["demonstration"]) == (", three", "")
+    responses = {key: [row["response"] for row in rows] for key, rows in said.items()}
+    assert responses[0, 0, "student"] == responses[0, 3, "student"] != responses[1, 0, "student"]
+    assert (0, 0, "teacher") in said and (0, 3, "teacher") not in said
 
 
 def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch, capsys):
@@ -500,27 +476,6 @@ def test_odd_values_in_a_log_do_no_harm(value, tmp_path, base, data):
     write_rows(out / "metrics.jsonl", [row | {"eval": value} for row in rows])
     resume(out)
     assert lines(out / "metrics.jsonl")[-1]["eval"] == read(out / "results.json")["final"]
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, base, data, whole, monkeypatch):
-    """The third checkpoint cannot be written; --resume goes on from the second."""
-    out, save, calls = tmp_path / "out", torch.save, []
-
-    def full(state, file):
-        calls.append(file)
-        if len(calls) < 3:
-            return save(state, file)
-        with open("/dev/full", "wb") as f:
-            save(state, f)
-
-    monkeypatch.setattr(torch, "save", full)
-    message = error_of(*flags(base, data, out, steps=8))
-    assert "No space left on device); free some space" in message
-    assert [int(file.stem) for file in run_checkpoints(out)] == [0, 2]
-    assert not list(out.rglob("*tmp*"))
-    monkeypatch.undo()
-    resume(out)
-    assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])

@@ -83,15 +83,24 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     p.add_argument("--report", nargs="+", metavar="RUN", help="print a table of finished runs")
     p.add_argument(
-        "--keep", choices=("last", "best"), default="last", help="best by --test, in OUT_DIR/best"
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="best: also the weights of the evaluation with the best score on --test, in best/",
     )
     # The method.
-    p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="SFT to compare")
+    p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="or SFT to compare")
     p.add_argument(
-        "--divergence", choices=("reverse", "forward", "jsd"), default="reverse", help="of SDFT"
+        "--divergence",
+        choices=("reverse", "forward", "jsd"),
+        default="reverse",
+        help="reverse is the paper's Eq. (1), forward is behind its results",
     )
     p.add_argument(
-        "--teacher", choices=("ema", "frozen", "live"), default="ema", help="the teacher's weights"
+        "--teacher",
+        choices=("ema", "frozen", "live"),
+        default="ema",
+        help="its weights: moving average of the student, the start, the student itself",
     )
     p.add_argument("--ema_alpha", type=share, default=0.02, help="the student's share in the EMA")
     reads = p.add_mutually_exclusive_group()
@@ -99,18 +108,20 @@ def parse_args(argv=None):
         "--teacher_reads",
         choices=tuple(TEMPLATES),
         default="both",
-        help="the article, the paper's template with the demonstration, or this after that",
+        help="the article and the prompt, the paper's template, or this with the article in front",
     )
     reads.add_argument(
         "--teacher_template", metavar="FILE", help="text of {prompt}, {demonstration}, {article}"
     )
-    p.add_argument("--skip_tokens", type=natural, default=0, help="a response's first, no loss")
-    p.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="of rollouts")
+    p.add_argument("--skip_tokens", type=natural, default=0, help="first tokens without loss")
+    p.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="of sampling")
     p.add_argument("--max_new_tokens", type=positive, default=64, help="a response's most tokens")
     # The updates.
     p.add_argument("--steps", type=positive, default=100, help="updates")
     p.add_argument("--batch_size", type=number(int, 1, 2**16), default=8, help="rows per update")
-    p.add_argument("--micro_batch", type=positive, help="rows per pass; saves memory")
+    p.add_argument(
+        "--micro_batch", type=positive, help="rows per forward and backward pass; saves memory"
+    )
     p.add_argument("--lr", type=share, default=1e-5, help="peak learning rate")
     p.add_argument("--warmup", type=natural, default=10, help="updates; then a cosine to 0")
     p.add_argument("--weight_decay", type=share, default=0.0, help="of AdamW")
@@ -126,8 +137,10 @@ def parse_args(argv=None):
     )
     # The machine and the log.
     p.add_argument("--device", help="cpu, cuda or mps; without it the best available")
-    p.add_argument("--dtype", choices=dtypes, default="auto", help="of the arithmetic")
-    p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="of sampling weights")
+    p.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="of the arithmetic; weights: float32"
+    )
+    p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="of what samples")
     p.add_argument("--log_every", type=positive, default=10, help="updates between log lines")
     p.add_argument("--eval_every", type=positive, default=50, help="updates between evaluations")
     p.add_argument("--save_every", type=positive, default=50, help="updates between checkpoints")
@@ -206,6 +219,7 @@ class Run:
     student: GPT
     teacher: GPT | None  # None for SFT
     optimizer: torch.optim.Optimizer
+    argv: list = field(default_factory=list)  # its command line, which a checkpoint keeps
     step: int = 0
     base_scores: dict | None = None  # None until they are measured
     looks: list = field(default_factory=list)  # rows of metrics.jsonl, of the evaluations so far
@@ -379,10 +393,10 @@ def measure(run):
     """
     args, enc, at_start = run.args, run.enc, run.base_scores is None
     base = run.start
-    if args.base or base is None and not at_start:
-        base = checkpoint.load_model(args.base or args.init_from).to(run.device)
-    elif at_start:
+    if at_start and not args.base:
         base = None  # It is the student itself.
+    elif args.base or base is None:
+        base = checkpoint.load_model(args.base or args.init_from).to(run.device)
 
     def rollout(model, prompts, max_new_tokens, eos_id, temperature, _):
         generators = fast.row_generators(args.seed, 0, range(len(prompts)), run.device)
@@ -502,8 +516,8 @@ def fine_tune(args, argv, rank, n_processes):
 
         if rank == 0 and (run.step % args.log_every == 0 or done):
             now = time.perf_counter()
-            metrics |= {"lr": run.optimizer.param_groups[0]["lr"]}
-            metrics |= {"tokens_per_s": tokens / (now - last), "seconds": now - start}
+            metrics |= {"lr": run.optimizer.param_groups[0]["lr"], "seconds": now - start}
+            metrics |= {"tokens_per_s": tokens / (now - last)}
             row = {"phase": args.method, "step": run.step} | metrics
             files.append(out / "metrics.jsonl", [row])
             left = (now - start) / (run.step - first) * (args.steps - run.step)
