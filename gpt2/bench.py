@@ -119,10 +119,8 @@ def limits(device, dtype):
 def bench_update(args, student, device):
     """Print the table for args.batch_size rows, and responses of args.max_new_tokens tokens."""
     B, P, C = args.batch_size, args.prompt, args.max_new_tokens
-    dtype, rollout_dtype = (
-        train.compute_dtype(args.dtype, device),
-        train.rollout_dtype(args, device),
-    )
+    dtype = train.compute_dtype(args.dtype, device)
+    rollout_dtype = train.rollout_dtype(args, device)
     (bandwidth, rate), (_, rollout_rate) = (limits(device, d) for d in (dtype, rollout_dtype))
     weights = sum(p.numel() for p in student.parameters())
     blocks, head = sum(p.numel() for p in student.h.parameters()), student.wte.weight.numel()
@@ -134,27 +132,19 @@ def bench_update(args, student, device):
         f"{rollout_rate / 1e9:.0f} in rollouts\n\n| phase | ms | % of roofline |\n|---|---:|---:|",
         flush=True,
     )
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    roles = student, copy.deepcopy(student).requires_grad_(False)
     optimizer = train.make_optimizer(student, args)
-    prompts, teacher_prompts = (random_prompts(student.config.vocab_size, B, n) for n in (P, 2 * P))
+    contexts = [random_prompts(student.config.vocab_size, B, n) for n in (P, 2 * P)]
     generators = fast.row_generators(0, 0, range(B), device)
     rollout_model = fast.RolloutGPT.of(student, rollout_dtype)
     gradients = [torch.full_like(p, 1e-3) for p in student.parameters()]
 
     def roll_out():
-        return fast.rollout(rollout_model, prompts, C, NO_END, 1.0, generators)
+        return fast.rollout(rollout_model, contexts[0], C, NO_END, 1.0, generators)
 
-    @torch.no_grad()
-    def teacher_scores():
+    def scoring():
         with train.autocast(args, device):
-            return fast.completion_hidden(teacher, teacher_prompts, completions)
-
-    def student_scores():
-        with train.autocast(args, device):
-            hidden = fast.completion_hidden(student, prompts, completions)
-            heads = student.wte.weight, teacher_hidden, teacher.wte.weight
-            *_, gradient, _ = fast.chunked_sdft_loss(hidden, *heads, mask, args.divergence)
-            hidden.backward(gradient)
+            fast.distill_backward(*roles, *contexts, completions, mask, args.divergence)
 
     def optimizer_step():
         for p, gradient in zip(student.parameters(), gradients):
@@ -163,31 +153,27 @@ def bench_update(args, student, device):
 
     def update():
         options = {"rollout_dtype": rollout_dtype, "divergence": args.divergence}
-        contexts = prompts, teacher_prompts, C, NO_END
+        options["generators"] = generators
         with train.autocast(args, device):
-            fast.train_step(
-                student, teacher, optimizer, *contexts, generators=generators, **options
-            )
+            fast.train_step(*roles, optimizer, *contexts, C, NO_END, **options)
 
     def products(positions, heads, rate, passes=1):
         """Seconds of the matrix products: 2 operations per weight, position and pass."""
         return passes * 2 * (positions * blocks + heads * head) / rate
 
     completions, mask = roll_out()
-    teacher_hidden = teacher_scores()
     reading = weights * rollout_dtype.itemsize / bandwidth  # of all weights once, per token
     rollout = products(B * P, B, rollout_rate)
     rollout += (C - 1) * max(products(B, B, rollout_rate), reading)
-    # One pass is forward, two are backward, and the teacher's logits are part of the loss.
-    scoring = products(B * (P + C), B * C, rate, passes=3) + products(0, B * C, rate)
+    # The student's pass forward and two backward, and the teacher's one.
+    scored = products(B * (P + C), B * C, rate, passes=3) + products(B * (2 * P + C), B * C, rate)
     phases = {  # name: function, seconds at the limits
         "rollout": (roll_out, rollout),
-        "teacher's scoring": (teacher_scores, products(B * (2 * P + C), 0, rate)),
-        "student's scoring, loss, backward": (student_scores, scoring),
+        "scoring, loss, backward": (scoring, scored),
         # Clipping reads and writes the gradient. AdamW reads weight, gradient and two moments, and
         # writes all but the gradient.
         "clipping, AdamW": (optimizer_step, 4 * weights * 9 / bandwidth),
-        "EMA": (lambda: ema_update(teacher, student, 0.02), 4 * weights * 3 / bandwidth),
+        "EMA": (lambda: ema_update(*roles[::-1], 0.02), 4 * weights * 3 / bandwidth),
     }
     phases["the whole update"] = update, sum(best for _, best in phases.values())
     took = {}
@@ -249,21 +235,11 @@ def loss_memory(chunk):
     return memory("VmHWM") - before
 
 
-def new_tensor(keep):
-    """Milliseconds to fill a new tensor of 64 MiB, after others of that size were freed."""
-    if keep:
-        fast.keep_freed_memory()
-    return 1e3 * median_seconds(lambda: torch.ones(2**24), 30)
-
-
 def bench_tricks():
     print(f"{machine()}\n\n| plain, or fast | plain | fast |\n|---|---:|---:|")
     for what, *functions in tricks():
         plain, quick = (1e3 * median_seconds(f, 10) for f in functions)
         print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
-    plain, quick = (in_a_process(f"new_tensor({keep})") for keep in (False, True))
-    what = "a new tensor of 64 MiB: freed memory given back, or kept"
-    print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
     if memory("VmHWM"):
         plain, quick = (in_a_process(f"loss_memory({n})") for n in (0, fast.CHUNK))
         what = f"peak of loss and backward, 2,048 tokens: all logits, or {fast.CHUNK} at a time"
