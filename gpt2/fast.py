@@ -168,7 +168,7 @@ def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
 
     Otherwise glibc gives large blocks back to the system, which maps and clears every page of them
-    again for the next update. `gpt2.bench --tricks` shows what that costs on a machine.
+    again for the next update. `gpt2.bench --peers` shows what that costs TRL on a machine.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
