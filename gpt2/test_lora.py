@@ -26,9 +26,11 @@ def same(a, b, **tolerance):
 
 
 def test_untrained_adapters_change_nothing():
-    """B = 0: the logits are the base's bit for bit, though A is not 0."""
+    """B = 0: the logits are the base's bit for bit, though A is not 0. All else is frozen."""
     base = small_gpt()
-    model = adapted(base)
+    model = lora.add_adapters(small_gpt(), 3, 8.0)
+    wants_gradient = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert wants_gradient == lora.trained(model).keys()
     same(model(TOKENS), base(TOKENS))
     assert all(w.any() for name, w in lora.trained(model).items() if name.endswith("lora_A"))
 
