@@ -1,7 +1,6 @@
 """What an SDFT update of GPT-2 costs on this machine, with random weights.
 
     python -m gpt2.bench             # every phase of an update, beside the machine's limits
-    python -m gpt2.bench --tricks    # what each trick of gpt2/fast.py gains
     python -m gpt2.bench --peers     # transformers' generate and TRL's trainer beside ours
 
 Times are medians of several runs after one that does not count. A phase's "% of roofline" is the
@@ -29,11 +28,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from gpt2 import checkpoint, fast, lora, train
 from model import GPT, GPT2_SIZES, GPTConfig
-from sdft import clip_and_step, ema_update, sdft_loss
+from sdft import clip_and_step, ema_update
 
 NO_END = -1  # in place of an end token: every response has its full length
 PACKAGES = {"transformers": "5.24.0", "trl": "1.16.0"}
@@ -190,62 +188,6 @@ def bench_update(args, student, device):
         print(f"peak memory: {peak:,.0f} MiB")
 
 
-# --- What each trick gains ------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def tricks():
-    """(what, plain, fast): two functions to time, for GPT-2's size and 8 rows on a CPU."""
-    V, D = 50257, 768
-    x, head, probs = torch.randn(8, D), torch.randn(V, D), torch.randn(8, V).softmax(-1)
-    for dtype in (torch.float32, torch.bfloat16):
-        hidden, weight = x.to(dtype), head.to(dtype)
-        if fast.PackedLinear.can_hold(weight):
-            packed, what = fast.PackedLinear(weight), f"a step's logits in {name(dtype)}"
-            plain, quick = lambda: F.linear(hidden, weight), lambda: packed(hidden)
-            yield f"{what}: F.linear, or packed", plain, quick
-    q, kv = torch.randn(8, 12, 1, 64), torch.randn(2, 8, 12, 128, 64)
-    half = q.bfloat16(), *kv.bfloat16()
-    plain = lambda: F.scaled_dot_product_attention(*half)
-    quick = lambda: F.scaled_dot_product_attention(q, *kv)
-    yield "a step's attention to 128 keys: bfloat16, or float32", plain, quick
-    rows = list(zip(probs, fast.row_generators(0, 0, range(8), "cpu")))
-    plain = lambda: [torch.multinomial(p, 1, generator=generator) for p, generator in rows]
-    quick = lambda: fast.inverse_cdf(probs, torch.rand(8))
-    yield "a token for 8 rows: torch.multinomial, or inverse CDF", plain, quick
-    student = GPT(GPTConfig())
-    for w in student.parameters():
-        w.grad = torch.randn_like(w)
-    steps = [torch.optim.AdamW(student.parameters(), fused=fused).step for fused in (False, True)]
-    yield "AdamW: plain, or fused", *steps
-
-
-def loss_memory(chunk):
-    """MiB that loss and gradients of 2,048 tokens add to the peak; chunk 0: `sdft.sdft_loss`."""
-    V, D, shape = 50257, 768, (16, 128)
-    hidden, teacher_hidden = torch.randn(*shape, D, requires_grad=True), torch.randn(*shape, D)
-    head, teacher_head = (torch.randn(V, D).mul_(0.02) for _ in range(2))
-    head.requires_grad_()
-    before, mask = memory("VmRSS"), torch.ones(shape, dtype=torch.bool)
-    if chunk:
-        fast.chunked_sdft_loss(hidden, head, teacher_hidden, teacher_head, mask, chunk=chunk)
-    else:
-        logits = F.linear(hidden, head), F.linear(teacher_hidden, teacher_head)
-        sdft_loss(*logits, mask)[0].backward()
-    return memory("VmHWM") - before
-
-
-def bench_tricks():
-    print(f"{machine()}\n\n| plain, or fast | plain | fast |\n|---|---:|---:|")
-    for what, *functions in tricks():
-        plain, quick = (1e3 * median_seconds(f, 10) for f in functions)
-        print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
-    if memory("VmHWM"):
-        plain, quick = (in_a_process(f"loss_memory({n})") for n in (0, fast.CHUNK))
-        what = f"peak of loss and backward, 2,048 tokens: all logits, or {fast.CHUNK} at a time"
-        print(f"| {what} | {plain:,.0f} MiB | {quick:,.0f} MiB |", flush=True)
-
-
 # --- Beside transformers and TRL ------------------------------------------------------------------
 
 
@@ -394,7 +336,6 @@ def bench_peers(args):
 def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    p.add_argument("--tricks", action="store_true", help="measure what each trick gains, and stop")
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--shapes", nargs="+", metavar="BxP+C", help="of rollouts beside the peers")
     p.add_argument("--update_shape", metavar="BxP+C", help="of an update beside the peers")
@@ -419,8 +360,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.tricks:
-            return bench_tricks()
         if args.peers:
             return bench_peers(args)
         fast.keep_freed_memory()

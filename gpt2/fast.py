@@ -11,7 +11,6 @@
     keep_freed_memory                      memory that is freed is used again, not given back
 
 test_fast.py holds every pair equal: tokens, loss, gradients and the weights after a step.
-`python -m gpt2.bench --tricks` measures what they gain.
 """
 
 import ctypes
