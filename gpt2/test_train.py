@@ -534,8 +534,10 @@ def test_every_wrong_value_is_named(capsys):
         ("--max_new_tokens", 400, "n_positions"),
     ],
 )
-def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data):
-    """And nothing is written."""
+def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data, monkeypatch):
+    """And nothing is written. A missing file is told before the model is read."""
+    if value == "nope":
+        monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("the model was read"))
     assert word in error_of(*flags(base, data, tmp_path / "out", flag, value))
     assert not (tmp_path / "out").exists()
 
