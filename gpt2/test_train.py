@@ -179,16 +179,22 @@ def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
 @pytest.mark.parametrize("method", ["sdft", "sft"])
 def test_micro_batch_limits_the_rows_of_a_pass(method, tmp_path, base, data, monkeypatch):
     """No result shows it, as only memory changes: rows of the passes that keep activations."""
-    hidden, rows = GPT.hidden, {True: set(), False: set()}
+    hidden, score, rows, sizes = GPT.hidden, evaluate.evaluate, set(), set()
 
     def counted(model, tokens, *more):
-        rows[torch.is_grad_enabled()].add(len(tokens))
+        if torch.is_grad_enabled():
+            rows.add(len(tokens))
         return hidden(model, tokens, *more)
 
+    def scored(model, sets, enc, max_new_tokens, batch_size, *more):
+        sizes.add(batch_size)
+        return score(model, sets, enc, max_new_tokens, batch_size, *more)
+
     monkeypatch.setattr(GPT, "hidden", counted)
-    more = ["--method", method, "--micro_batch", 3, "--teacher_reads", "article"]  # of four rows
+    monkeypatch.setattr(evaluate, "evaluate", scored)
+    more = ["--method", method, "--micro_batch", 3]  # of four rows
     train.main(flags(base, data, tmp_path / "out", *more, steps=1))
-    assert rows[True] == {1, 3}
+    assert rows == {1, 3} and sizes == {3}
 
 
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
@@ -528,8 +534,10 @@ def test_every_wrong_value_is_named(capsys):
         ("--max_new_tokens", 400, "n_positions"),
     ],
 )
-def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data):
-    """And nothing is written."""
+def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data, monkeypatch):
+    """And nothing is written. A missing file is told before the model is read."""
+    if value == "nope":
+        monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("the model was read"))
     assert word in error_of(*flags(base, data, tmp_path / "out", flag, value))
     assert not (tmp_path / "out").exists()
 
