@@ -1,16 +1,11 @@
 """Prior abilities that no one here wrote: instructions of IFEval, judged by IFEval's own checkers.
 
 The PyPI package if-verifiable (Python 3.11) has Google's checkers and the words of the instructions
-(arXiv 2311.07911), but not IFEval's prompts. Here a prompt is an everyday writing task and one
-instruction, so these accuracies are not IFEval's and compare models only with each other.
-
-Of the 25 instructions 23 are here, with small numbers, so that 48 tokens can satisfy them. Left out
-are "number_sentences" and "capital_word_frequency", which need NLTK's punkt data. Upper case, lower
-case and language are judged with langdetect, which is often wrong on five words or fewer.
-
-Some instructions are met by very short answers, whatever they say: no commas, forbidden words,
-lower case, and all that should appear "less than" so many times. A model that falls silent after
-one word still follows these, so the length of the responses belongs beside the accuracy.
+(arXiv 2311.07911), but not IFEval's prompts. Here a prompt is an everyday writing task and one of
+23 instructions, with small numbers, so that 48 tokens can satisfy it: these accuracies compare
+models only with each other. Upper case, lower case and language are judged with langdetect, which
+is often wrong on five words or fewer. Some instructions are met by very short answers, whatever
+they say, so the length of the responses belongs beside the accuracy.
 """
 
 import importlib.util
@@ -47,22 +42,21 @@ def checker(instruction, kwargs):
     except ImportError as e:
         raise ValueError(f"{e}; install, with Python 3.11 or later: {INSTALL}") from None
     langdetect.DetectorFactory.seed = 0  # or the same text could be judged differently each time
-    made = INSTRUCTION_DICT[instruction](instruction)
-    return made, made.build_description(**kwargs)
+    judge = INSTRUCTION_DICT[instruction](instruction)
+    return judge, judge.build_description(**kwargs)
 
 
 def draw(task, relation, rng):
     """{instruction: its arguments}. None is left out: the package would draw it by itself."""
     words = [task.split()[-1].strip("."), str(rng.choice(WORDS))]
     few, several, many, nth = (int(rng.integers(*r)) for r in [(2, 4), (3, 9), (10, 21), (1, 3)])
-    letter = str(rng.choice([*"aeinorst"]))
-    letters = {"letter": letter, "let_frequency": several, "let_relation": relation}
+    letters = {"letter": str(rng.choice([*"aeinorst"])), "let_frequency": several}
     first = {"num_paragraphs": 2, "nth_paragraph": nth, "first_word": words[1]}
     drawn = {
         "keywords:existence": {"keywords": words},
         "keywords:frequency": {"keyword": words[0], "frequency": few, "relation": relation},
         "keywords:forbidden_words": {"forbidden_words": words},
-        "keywords:letter_frequency": letters,
+        "keywords:letter_frequency": letters | {"let_relation": relation},
         "language:response_language": {"language": str(rng.choice(["de", "es", "fr", "it"]))},
         "length_constraints:number_paragraphs": {"num_paragraphs": few},
         "length_constraints:number_words": {"num_words": many, "relation": relation},
@@ -82,10 +76,7 @@ def draw(task, relation, rng):
 
 
 def prompts(seed, n=104):
-    """[{"prompt", "instruction", "kwargs"}], as many for each instruction, give or take one.
-
-    Seed 0 is for what is reported, seed 1 for choosing settings.
-    """
+    """[{"prompt", "instruction", "kwargs"}], as many for each instruction, give or take one."""
     rng = np.random.default_rng(seed)
     tasks, questions, rows = rng.permutation(TASKS), rng.permutation(QUESTIONS), []
     for i in range(n):
@@ -100,11 +91,10 @@ def prompts(seed, n=104):
     return rows
 
 
-def follows(row, response):
-    """IFEval's strict accuracy: the response as it is. An empty one follows nothing."""
-    made, _ = checker(row["instruction"], row["kwargs"])
-    return bool(response.strip()) and made.check_following(response)
-
-
 def accuracy(rows, responses):
-    return float(np.mean([follows(row, text) for row, text in zip(rows, responses, strict=True)]))
+    """IFEval's strict accuracy: the response as it is. An empty one follows nothing."""
+    followed = []
+    for row, response in zip(rows, responses, strict=True):
+        judge, _ = checker(row["instruction"], row["kwargs"])
+        followed.append(bool(response.strip()) and judge.check_following(response))
+    return float(np.mean(followed))
