@@ -169,11 +169,9 @@ class GPT(nn.Module):
         """GPT-2: a name in GPT2_SIZES, downloaded once, or a folder in Hugging Face's format."""
         if name_or_folder in GPT2_SIZES:
             config = GPTConfig(1024, 50257, *GPT2_SIZES[name_or_folder])
-            url, file = GPT2_URL.format(name_or_folder), f"{name_or_folder}.bin"
-            state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", file_name=file, weights_only=True
-            )
-            return cls.from_checkpoint(config, state)
+            files = dict(url=GPT2_URL.format(name_or_folder), file_name=f"{name_or_folder}.bin")
+            load = torch.hub.load_state_dict_from_url
+            return cls.from_checkpoint(config, load(**files, map_location="cpu", weights_only=True))
         folder = Path(name_or_folder)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")

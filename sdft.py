@@ -6,9 +6,9 @@ two roles on the same prompt x:
     student  π_θ(·|x)     reads the prompt only, as it will at inference
     teacher  π_φ(·|x, c)  reads the prompt and c, an expert's demonstration for this very prompt
 
-φ starts as θ and follows it as a moving average (EMA). In one step the student rolls out its own
-response y, both roles score y, and the student is pulled towards the teacher at every token. The
-expert's tokens are never a target: c acts only through what the teacher makes of it.
+φ starts as θ and follows it as a moving average (EMA). The student rolls out its own response y,
+both roles score y, and the student is pulled towards the teacher at every token. The expert's
+tokens are never a target: c acts only through what the teacher makes of it.
 
     prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
     completions  (B, C)       the student's responses, padded with eos_id after the end
@@ -217,8 +217,8 @@ def train_step(
 ):
     """Algorithm 1 on one minibatch: the loss (float), and what the student said, (B, C) each.
 
-    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3: a
-    student may learn to open with "Based on the example", which it cannot see (v2, Sec. 5).
+    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3, since
+    a student may learn to open with "Based on the example", which it cannot see (v2, Sec. 5).
     """
     # Alg. 1, line 7: one response per prompt, from the student itself.
     completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)

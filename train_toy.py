@@ -156,7 +156,7 @@ def main(argv=None):
         losses, began = [], time.perf_counter()
         for step, loss in pretrain(base, toy.pretraining_batch, args.seed, args.pretrain_steps):
             losses.append(loss)
-            if is_due(step, args.pretrain_steps, lines=8):
+            if step % max(1, args.pretrain_steps // 8) == 0:
                 log({"phase": "pretrain", "step": step}, losses, args.pretrain_steps, began, args)
         save(base, args.out_dir / "base.pt")
 
@@ -194,25 +194,26 @@ def learn(arm, skill, student, base, looks, args):
 
     `looks` are this arm's rows of metrics so far, of earlier skills too.
     """
+    shared = dict(batch_size=args.batch_size, seed=args.seed)
     if arm == "sft":
         data, teacher = toy.skill(skill, "train", args.seed, args.sft_style), None
-        steps, settings = args.sft_steps, dict(lr=args.sft_lr, method=sft)
+        steps = args.sft_steps
+        updates = fine_tune(student, None, data, sft, args.sft_lr, steps, **shared)
     else:
         data = toy.skill(skill, "train", args.seed, "expert")
         teacher = copy.deepcopy(student).requires_grad_(False)
-        steps, settings = args.steps, dict(lr=args.lr, method=sdft, divergence=args.divergence)
-        settings |= dict(alpha=args.ema_alpha)
+        steps = args.steps
+        shared |= dict(alpha=args.ema_alpha, divergence=args.divergence)
+        updates = fine_tune(student, teacher, data, sdft, args.lr, steps, **shared)
     validation = toy.skills("val", args.seed, n_new=100, n_prior=25)
     validation = {name: validation[name] for name in [*toy.PRIOR, skill]}
     watched, max_new_tokens = toy.rows_to_watch(validation, n_new=50), data["answers"].shape[1] + 1
     reading = toy.decode, toy.is_correct_text, max_new_tokens, toy.EOS, args.divergence
 
     losses, began = [], time.perf_counter()
-    settings |= dict(steps=steps, batch_size=args.batch_size, seed=args.seed)
-    updates = fine_tune(student, teacher, data, **settings)
     for step, loss in itertools.chain([(0, None)], updates):  # step 0: before training
         losses += [] if loss is None else [loss]
-        if is_due(step, steps, lines=5):
+        if step % max(1, steps // 5) == 0 or step == steps:
             row = {"phase": arm, "skill": skill, "step": step}
             metrics, samples = watch.look(student, teacher, base, watched, *reading, **row)
             accuracy = measure(student, validation)
@@ -221,11 +222,6 @@ def learn(arm, skill, student, base, looks, args):
             row["warnings"] = watch.warnings(looks)
             files.append(args.out_dir / "samples.jsonl", samples)
             log(row, losses, steps, began, args)
-
-
-def is_due(step, steps, lines):
-    """Does `step` end one of `lines` equal parts of the steps? Step 0 does."""
-    return step * lines // steps != (step - 1) * lines // steps
 
 
 def log(row, losses, steps, began, args):
@@ -286,11 +282,10 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=64, help="prompts per update, of 400 per skill")
     add("--pretrain_steps", type=int, default=2600, help="updates of the base's pretraining")
     args = p.parse_args(argv)
-    ranges = dict.fromkeys(("steps", "sft_steps", "pretrain_steps"), (1, 10**6))
-    ranges |= dict(batch_size=(1, 400), seed=(0, 2**63 - 1), lr=(0, 1), sft_lr=(0, 1))
-    for name, (low, high) in (ranges | dict(ema_alpha=(0, 1))).items():
-        if not low <= getattr(args, name) <= high:  # NaN fails too
-            p.error(f"--{name} must lie between {low} and {high}")
+    if min(args.steps, args.sft_steps, args.pretrain_steps, args.batch_size) < 1:
+        p.error("--steps, --sft_steps, --pretrain_steps and --batch_size must be at least 1")
+    if not 0 <= args.ema_alpha <= 1:
+        p.error("--ema_alpha must lie between 0 and 1")
     return args
 
 

@@ -110,7 +110,7 @@ def test_what_is_unknown_is_left_out(models):
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
 def test_a_token_has_the_numbers_of_the_method(divergence):
-    """Probabilities, the divergence in nats, the reward, and minus its slope by the token's logit."""
+    """Probabilities, divergence in nats, reward, and minus the divergence's slope by the logit."""
     ids, student, teacher = [2, 5, 0], *(3 * torch.randn(2, 3, 8, dtype=torch.float64))
     row = watch.sample_row(ids, student, teacher, DECODE, divergence, step=4)
     assert row["response"] == "cfa" and row["step"] == 4 and row["divergence"] == divergence

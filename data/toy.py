@@ -1,11 +1,10 @@
 """The toy's world of small arithmetic: a skill is known, taken for another, or cannot be known.
 
-numpy only; every line is made anew from a seed. A token is a character. data/README.md has an
-example of every kind of line.
+numpy only; every line is made anew from a seed. data/README.md has an example of every kind.
 
-A prompt names an operation and gives N digits: `?X425=`. The answer folds the operation's 10 x 10
-table over the digits from the left and writes every intermediate result, then the end token:
-`88.`, since X(4, 2) = 8 and X(8, 5) = 8.
+A token is a character. A prompt names an operation and gives N digits: `?X425=`. The answer folds
+the operation's 10 x 10 table over the digits from the left and writes every result, then the end
+token: `88.`, since X(4, 2) = 8 and X(8, 5) = 8.
 
   A ... H  prior skills, known: the benchmark that fine-tuning must not damage.
   X, Y, Z  new skills. In pretraining a prompt's whole answer follows either the skill's own
@@ -13,11 +12,11 @@ table over the digits from the left and writes every intermediate result, then t
            likelier if the first digit is 0 to 3, the rival if it is 4 to 9, so that the base's
            greedy answer is correct on about four inputs of ten.
   M ... W  unknown names: a fresh random table each time. Only a demonstration can tell, so they
-           teach in-context learning. (In the experiments' larger world most are new skills.)
+           teach in-context learning.
 
-Two styles carry the same content. The model's own answers are digits, an expert's demonstrations
-are letters, a-j for 0-9. The teacher's prompt `?X425!ii.=` holds a demonstration, and its answer is
-in the model's own style again: `88.`. An answer-only demonstration, `i.`, omits the reasoning.
+Two styles carry the same content: the model's own answers are digits, an expert's demonstrations
+letters, a-j for 0-9. The teacher's prompt `?X425!ii.=` holds a demonstration, and its answer is in
+the model's own style: `88.`. An answer-only demonstration, `i.`, omits the reasoning.
 
 Shapes: n rows of token ids, N digits, R = N - 1 results.
 """
@@ -36,8 +35,7 @@ PRIOR = {
     "G": lambda a, b: 3 * a + b,
     "H": lambda a, b: np.where(b % 2 == 1, 9 - a, a),
 }
-# Of every other name, a number whose square root's decimals are its table, and the prior skill
-# that it is taken for.
+# Of every other name: the number whose root's decimals are its table; whom it is taken for.
 PRIMES = dict(zip("XYZMNOPQRSTUVW", (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)))
 RIVALS = dict(zip("XYZMNOPQRSTUVW", "ACFBDEGHACFBDE"))
 NAMES = [*PRIOR, *PRIMES]
@@ -54,10 +52,7 @@ N_DIGITS = 3
 
 
 def decimals(n):
-    """The first 100 decimals of the square root of n, 1 < n < 100, as a table (10, 10).
-
-    Arbitrary tables that anyone can check: there is nothing to derive, they must be known.
-    """
+    """The first 100 decimals of the square root of n, 1 < n < 100: a table that must be known."""
     return np.array([*str(math.isqrt(n * 10**200))[1:101]], int).reshape(10, 10)
 
 

@@ -1,48 +1,31 @@
-"""Every experiment, one after the other. Each result has its "seconds", summed over processes.
+"""Every experiment on the toy's worlds, one after the other.
 
     python -m experiments.all --seeds 5
 
 A finished arm is not run again: after an interruption, or for more seeds, give the same command.
+Each result has its "seconds", summed over processes. With names behind it, only these.
 """
 
-import importlib
-import time
-
 from experiments import runner
+from experiments.cold_start import COLD_START
+from experiments.demonstrations import DEMONSTRATIONS, MISMATCH
+from experiments.forgetting_law import FORGETTING_LAW
+from experiments.kl import ESTIMATORS, KL
+from experiments.knowledge import CONTEXT, KNOWLEDGE
+from experiments.on_policy import CONTROLS, ON_POLICY
+from experiments.pareto import PARETO
+from experiments.pass_at_k import PASS_AT_K
+from experiments.real_controls import REAL_CONTROLS, REAL_GRID
+from experiments.real_model import REAL_MODEL
+from experiments.reasoning import REASONING
+from experiments.scaling import SCALING
+from experiments.sequential import MANY_STAGES, SEQUENTIAL
+from experiments.teacher import TEACHER, TEACHER_WEIGHTS
 
-NAMES = [
-    "teacher",
-    "pareto",
-    "sequential",
-    "demonstrations",
-    "knowledge",
-    "context",
-    "reasoning",
-    "controls",
-    "cold_start",
-    "on_policy",
-    "kl",
-    "estimators",
-    "teacher_weights",
-    "many_stages",
-    "mismatch",
-    "scaling",
-    "pass_at_k",
-]
-
-
-def main(argv=None):
-    with runner.errors_as_sentences():
-        args, start = runner.parse_args(__doc__, argv), time.perf_counter()
-        modules = [importlib.import_module(f"experiments.{name}") for name in NAMES]
-        worlds = dict.fromkeys(world for module in modules for world in module.WORLDS)
-        print(f"bases: {len(worlds)} for each of {args.seeds} seeds", flush=True)
-        runner.make_bases(range(args.seeds), worlds, args)
-        for i, name in enumerate(NAMES, 1):
-            minutes = (time.perf_counter() - start) / 60
-            print(f"\n[{i}/{len(NAMES)}, {minutes:.0f} minutes so far]", flush=True)
-            runner.experiment(name, argv)
-
+EXPERIMENTS = [TEACHER, PARETO, SEQUENTIAL, DEMONSTRATIONS, KNOWLEDGE, CONTEXT, REASONING]
+EXPERIMENTS += [CONTROLS, COLD_START, ON_POLICY, KL, ESTIMATORS, TEACHER_WEIGHTS, MANY_STAGES]
+EXPERIMENTS += [MISMATCH, SCALING, PASS_AT_K]
+REPORTED = [*EXPERIMENTS, FORGETTING_LAW, REAL_GRID, REAL_MODEL, REAL_CONTROLS]
 
 if __name__ == "__main__":
-    main()
+    runner.main(__doc__, *EXPERIMENTS)

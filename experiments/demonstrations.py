@@ -1,77 +1,76 @@
-"""How many demonstrations does it take? 8 to 400 of them, on skill X.
+"""Demonstrations: how many does it take, and what do bad ones do?
 
-The paper trains on full sets only, so its "SDFT learns more than SFT" does not say at what size.
+The paper trains on full sets, so its "SDFT learns more than SFT" does not say at what size, and its
+demonstrations are all right, each for its own prompt.
 
     python -m experiments.demonstrations --seeds 5
 
-Every method has 160 updates, and for every number of demonstrations two rates, SFT all five, of
-which the best is chosen on validation inputs. A batch has at most as many rows as there are
-demonstrations.
+demonstrations  8 to 400 of them, on skill X. Every method has 160 updates, two rates for every
+                number of demonstrations, SFT all five
+mismatch        a share of them is spoiled, see `spoil` in worlds.py. "teacher" is the base's
+                accuracy with the training demonstrations, spoiled ones included
 """
 
-from experiments import runner, verdicts
-from experiments.common import base, first_rows, skill, skill_metrics, train, validation
-from experiments.settings import LOW, chosen, grid
-from train_toy import sdft_step, sft_step
-
-NUMBERS = [8, 16, 32, 64, 128, 400]
-FAMILIES = {
-    "sft": dict(step=sft_step),
-    "sft, own style": dict(step=sft_step, style="own", rates=LOW),
-    "sdft": dict(step=sdft_step, rates=LOW),
-    "sdft, forward KL": dict(step=sdft_step, divergence="forward", rates=LOW),
-}
-ARMS = {
-    f"{n}, {arm}": dict(n=n, settings=settings)
-    for n in NUMBERS
-    for arm, settings in grid(FAMILIES).items()
-}
-COLUMNS = ["new", "sampled", "prior", "KL"]
-WORLDS = [("skills",)]
-SWEEP = ("val new", "val prior")
+from experiments import report, runner
+from experiments.common import base, skill, skill_metrics, train
+from experiments.settings import LOW, METHODS, RATES, SDFT, SDFT_FORWARD, SFT_OWN, chosen, grid
+from experiments.worlds import spoil
+from train_toy import evaluate, sdft
 
 
 def measure(seed, n, settings):
     start = base(seed)
-    data = first_rows(skill("X", "train", seed, settings.get("style", "expert")), n)
-    student, _ = train(start, data, seed, **settings)
-    return skill_metrics(student, start, seed) | validation(student, seed)
-
-
-def claims(at):
-    for n in (8, 32, 128):
-        pair = [at(f"{n}, {arm}", "new") for arm in ("sdft", "sft")]
-        yield (
-            f"SDFT learns more than SFT from {n} demonstrations (new)",
-            "4 to 7 points more from the full sets",
-            verdicts.against(*pair),
-            verdicts.more(*pair),
-        )
-    pair = [at(f"8, {arm}", "new") for arm in ("sdft", "sft, own style")]
-    yield (
-        "SDFT learns more than SFT in the model's own style from 8 demonstrations (new)",
-        "not reported",
-        verdicts.against(*pair),
-        verdicts.more(*pair),
-    )
+    student, _ = train(start, skill("X", "train", seed, settings["style"], n), seed, **settings)
+    return skill_metrics(student, start, seed)
 
 
 def figure(rows, plt):
-    best, by_arm = chosen(rows, *SWEEP), {row["arm"]: row["metrics"] for row in rows}
-    drawn, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for panel, metric in zip(panels, ("new", "prior")):
-        for family in FAMILIES:
-            arms = [best[f"{n}, {family}"] for n in NUMBERS]
-            mean, sd = runner.mean_and_sd([by_arm[arm][metric] for arm in arms])
-            panel.errorbar(NUMBERS, mean, sd, fmt="-o", label=family, capsize=3)
-        panel.set(xscale="log", xlabel="demonstrations", ylim=(-0.03, 1.05))
-        panel.set_xticks(NUMBERS, NUMBERS)
-        panel.set_title({"new": "skill X", "prior": "prior skills"}[metric])
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy accuracy")
-    runner.grid_and_legend(panels[1])
-    return drawn
+    return report.new_and_prior(chosen(rows, DEMONSTRATIONS.choose_by), plt, "n", "demonstrations")
 
+
+RATES_OF = {"sft": RATES, "sft, own style": LOW, "sdft": LOW, "sdft, forward KL": LOW}
+DEMONSTRATIONS = runner.Experiment(
+    name="demonstrations",
+    arms=[
+        arm for n in (8, 16, 32, 64, 128, 400) for arm in grid(RATES_OF, condition=f"{n}, ", n=n)
+    ],
+    measure=measure,
+    columns=["new", "sampled", "prior", "KL"],
+    choose_by=("val new", "val prior"),
+    figure=figure,
+)
+
+
+def measure_mismatch(seed, settings, kind="wrong", share=0.0):
+    start = base(seed)
+    data = spoil(skill("X", "train", seed, settings["style"]), kind, share, seed)
+    student, _ = train(start, data, seed, **settings)
+    metrics = skill_metrics(student, start, seed)
+    if settings["method"] is sdft:
+        metrics["teacher"] = evaluate(start, {"X": data}, "teacher_prompts")[0]["X"]
+    return metrics
+
+
+def spoiled(kind, family, suffix=""):
+    return [
+        dict(arm=f"{share:.0%} {kind}{suffix}", family=family, kind=kind, share=share)
+        | dict(settings=METHODS[family])
+        for share in (0.2, 1.0)
+    ]
+
+
+ARMS = [dict(arm="none", family="sdft", settings=SDFT)]
+ARMS += [dict(arm="none, forward KL", family="sdft, forward KL", settings=SDFT_FORWARD)]
+ARMS += [dict(arm="none, sft in own style", family="sft, own style", settings=SFT_OWN)]
+ARMS += spoiled("wrong", "sdft") + spoiled("another row's", "sdft") + spoiled("one for all", "sdft")
+ARMS += spoiled("wrong", "sdft, forward KL", ", forward KL")
+ARMS += spoiled("wrong", "sft, own style", ", sft in own style")
+MISMATCH = runner.Experiment(
+    name="mismatch",
+    arms=ARMS,
+    measure=measure_mismatch,
+    columns=["new", "prior", "sampled", "teacher", "KL"],
+)
 
 if __name__ == "__main__":
-    runner.main("demonstrations")
+    runner.main(__doc__, DEMONSTRATIONS, MISMATCH)

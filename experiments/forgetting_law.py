@@ -18,20 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import runner
+from experiments import report, runner
 
 SOURCES = ("pareto", "controls", "demonstrations", "mismatch", "teacher_weights", "kl")
-KLS = ("KL", "KL forward")
-METHODS = {  # the first that an arm's name holds, in lower case
-    "sft + replay": "replay",
-    "sft + re-invoke": "re-invoke",
-    "sft + kl": "SFT + KL",
-    "own style": "SFT, own style",
-    "offline": "offline",
-    "sdft": "SDFT",
-    "dft": "DFT",
-    "sft": "SFT",
-}
+KLS = {"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}
+METHODS = {"sft": "SFT", "sft stopped": "SFT", "sft, own style": "SFT, own style", "dft": "DFT"}
+METHODS |= {f"sft + KL, w {w}": "SFT + KL" for w in ("0.1", "0.3", "1")}
+METHODS |= {"sft + replay": "replay", "sft + re-invoke": "re-invoke"}
+METHODS |= {"offline, reverse KL": "offline"}  # and SDFT if it is none of these
 
 
 def main(argv=None):
@@ -39,55 +33,52 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("run", type=Path, help="--out_dir of finished experiments")
+    run = p.parse_args(argv).run
     try:
-        run = p.parse_args(argv).run
         rows = measure(run)
-        result = {"experiment": "forgetting_law", "rows": rows}
-        runner.common.write_whole(
-            run / "forgetting_law.json", lambda tmp: tmp.write_text(json.dumps(result, indent=1))
-        )
+        result = {"experiment": "forgetting_law", "seeds": [], "rows": rows}
+        report.write(run / "forgetting_law.json", result)
         print("\n".join(table(rows)))
-        runner.draw(figure, rows, run / "forgetting_law.png")
+        report.draw(figure, rows, run / "forgetting_law.png")
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
 
 
 def measure(run):
-    """One row per method, and "all": its points, and R² and coefficients of the fits."""
+    """One row per method, and "all": its points, and R² of the fits."""
     points = read(run)
     groups = {"all": points}
     for point in points:
         groups.setdefault(point["method"], []).append(point)
     rows = []
     for name, group in groups.items():
-        row = {"arm": name, "n": len(group)}
         loss = np.array([point["loss"] for point in group])
-        row["loss"] = loss.tolist()
+        metrics = {"n": len(group), "loss": loss.tolist()}
         for direction in KLS:
             x = np.array([point[direction] for point in group])
-            row[direction], row[f"R² {direction}"] = x.tolist(), r_squared(x, loss)
-        rows.append(row)
+            metrics |= {direction: x.tolist(), f"R² {direction}": r_squared(x, loss)}
+        rows.append({"arm": name, "metrics": metrics})
     return rows
 
 
 def read(run):
     """Every trained model of SOURCES: method, KL both ways and loss of prior accuracy."""
-    points = []
+    points, start = [], None
     for name in SOURCES:
         try:
-            result = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
-            start = json.loads((run / "pareto.json").read_text(encoding="utf-8"))["rows"][0]
+            rows = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))["rows"]
         except (OSError, ValueError):
-            command = f"python -m experiments.{name} --out_dir {run}"
+            command = f"python -m experiments.all {name} --out_dir {run}"
             raise ValueError(f"{run} has no results of {name}; make them: {command}") from None
-        for row in result["rows"]:
-            metrics, label = row["metrics"], f"{name} {row['arm']}".lower()
-            if row["arm"] == "base" or name == "controls" and "sdft" in label:
+        start = start or rows[0]["metrics"]["prior"]  # pareto's base
+        for row in rows:
+            method = METHODS.get(row.get("family"), "SDFT")
+            if row["arm"] == "base" or (name == "controls" and method == "SDFT"):
                 continue  # the latter are pareto's
-            method = next((METHODS[k] for k in METHODS if k in label), "SDFT")
+            metrics = row["metrics"]
             for i, prior in enumerate(metrics["prior"]):
-                point = {"method": method, "loss": start["metrics"]["prior"][i] - prior}
-                points.append(point | {k: metrics[k][i] for k in KLS})
+                point = {"method": method, "loss": start[i] - prior}
+                points.append(point | {direction: metrics[direction][i] for direction in KLS})
     return points
 
 
@@ -98,35 +89,33 @@ def r_squared(x, y):
 
 
 def table(rows):
-    yield "| method | models | R², KL(model ‖ base) | R², KL(base ‖ model) |"
+    yield "| method | models | " + " | ".join(f"R², {name}" for name in KLS.values()) + " |"
     yield "|---|---:|---:|---:|"
     for row in rows:
-        yield f"| {row['arm']} | {row['n']} | {row['R² KL']:.2f} | {row['R² KL forward']:.2f} |"
+        fits = [f"{row['metrics'][f'R² {direction}']:.2f}" for direction in KLS]
+        yield f"| {row['arm']} | {row['metrics']['n']} | " + " | ".join(fits) + " |"
 
 
-def claims(at):
-    fits = [at("all", f"R² {direction}") for direction in KLS]
-    shown = "R² {:.2f} with KL(model ‖ base), {:.2f} with KL(base ‖ model)".format(*fits)
-    yield (
-        "forgetting follows the KL to the base on the new prompts (R² of a parabola above .7)",
-        "not in the paper; RL's Razor: .96 in a toy, .71 on language models",
-        shown,
-        "yes" if max(fits) > 0.7 else "no",
-    )
+def derive(metrics):
+    metrics["all"]["better R²"] = max(metrics["all"][f"R² {direction}"] for direction in KLS)
 
 
 def figure(rows, plt):
     drawn, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    labels = {"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}
-    for panel, direction in zip(panels, KLS):
+    for panel, (direction, name) in zip(panels, KLS.items()):
         for row in rows[1:]:
-            panel.plot(row[direction], row["loss"], "o", markersize=3, label=row["arm"], alpha=0.7)
-        panel.set_xlabel(labels[direction])
+            x, loss = row["metrics"][direction], row["metrics"]["loss"]
+            panel.plot(x, loss, "o", markersize=3, label=row["arm"], alpha=0.7)
+        panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss of prior accuracy")
-    runner.grid_and_legend(panels[1])
+    report.grid_and_legend(panels[1])
     return drawn
 
+
+FORGETTING_LAW = runner.Experiment(
+    name="forgetting_law", arms=[], measure=measure, columns=[], derive=derive, table=table
+)
 
 if __name__ == "__main__":
     main()

@@ -1,79 +1,84 @@
 """Can it learn facts? The teacher reads an article and an answer about 20 unknown entities.
 
 The paper (strict / lenient / other questions on the same facts, "OOD"): base 0/0/0, SFT 80/95/80,
-SDFT 89/100/98, base with the article in its prompt 91/100/100. It does not report forgetting.
+SDFT 89/100/98, base with the article in its prompt 91/100/100. It does not report forgetting. With
+a teacher that reads the answer only (strict) about 37, the article only about 75, both 89.
 
     python -m experiments.knowledge --seeds 5
 
-Training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is correct;
-lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never trained on. "known" are
-the 60 entities of pretraining, on both questions. The rates are chosen by a second run on 20 other
-entities ("val strict", "val known"). "+ known" takes turns: after every update on the new facts
-follows one of SDFT on prompts of known ones, with the base as the teacher, which then reads no
-text; it reads question A only, so that "known" covers one it does not rehearse. Twice the updates,
-then, and a frozen teacher, which "sdft, frozen teacher" has alone.
+knowledge  Training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is
+           correct; lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never
+           trained on. "known" are the 60 entities of pretraining, on both questions. The rates are
+           chosen by a second run on 20 other entities ("val"). "+ known" takes turns: after every
+           update on new facts one of SDFT on question A of known ones, with the base as the
+           teacher: twice the updates, and a frozen teacher, as "sdft, frozen teacher" has
+context    What the teacher reads: `?cjA!eh.=` the article, `?cjA!b.=` the answer, `?cjA!ehb.=`
+           both. "teacher" is the base's accuracy when it reads that text
 """
 
+import copy
+
+import numpy as np
 import torch
 
-from data import toy
-from experiments import runner, verdicts
+from experiments import common, runner
 from experiments.common import base, train
-from experiments.settings import HIGH, MIDDLE, grid
-from train_toy import evaluate, sdft_step, sft_step
+from experiments.settings import HIGH, MIDDLE, SDFT, SDFT_FORWARD, SFT, grid
+from experiments.worlds import facts, is_last_correct
+from sdft import clip_and_step
+from train_toy import adamw, evaluate, sdft, set_learning_rate, sft
 
 
-def and_known_step(student, teacher, optimizer, batch, generator, known, first, **settings):
-    """`first` on new facts, then SDFT on as many known ones, which the base answers by itself."""
-    rows = torch.randint(len(known), (len(batch["prompts"]),), generator=generator).numpy()
-    loss = first(student, teacher, optimizer, batch, generator, **settings)
-    prompts = dict(prompts=known[rows], teacher_prompts=known[rows])
-    sdft_step(student, teacher, optimizer, batch | prompts, generator, alpha=0.0)
-    return loss
-
-
-FAMILIES = {
-    "sft": dict(step=sft_step, rates=HIGH),
-    "sdft": dict(step=sdft_step, rates=MIDDLE),
-    "sdft, forward KL": dict(step=sdft_step, divergence="forward", rates=MIDDLE),
-    "sdft, frozen teacher": dict(step=sdft_step, alpha=0.0, rates=MIDDLE),
-    "sdft + known": dict(step=and_known_step, first=sdft_step, alpha=0.0, rates=MIDDLE),
-    "sft + known": dict(step=and_known_step, first=sft_step, rates=HIGH),
-}
-ARMS = {"base": {}, "oracle": dict(read="article")}
-ARMS |= {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
-COLUMNS = ["strict", "lenient", "OOD", "known", "val strict", "val known"]
-WORLDS = [("facts",)]
-SWEEP = ("val strict", "val known")
-
-
-def measure(seed, settings=None, read=None):
+def measure(seed, settings=None, reads=None):
+    """`reads` is a text in the prompts when asked."""
     start = base(seed, "facts")
-    if settings and settings["step"] is and_known_step:
-        settings = settings | dict(known=toy.facts("known", seed)["prompts"])
-    metrics = facts_metrics(start, seed, settings, read=read)
     if settings:
-        other = facts_metrics(start, seed, settings, part="val")
-        metrics |= {"val strict": other["strict"], "val known": other["known"]}
+        return taught(start, seed, settings)
+    return scores(start, seed, reads=reads)
+
+
+def taught(start, seed, settings, text="both"):
+    """Scores after training on the new facts, and as "val" after training on others instead."""
+    metrics = {}
+    for part in ("val", "new"):
+        data = facts(part, seed, reads=text)
+        learn = take_turns if "rehearse" in settings else train
+        student, _ = learn(start, data, seed, **settings)
+        found = scores(student, seed, part)
+        metrics |= found if part == "new" else {f"val {k}": found[k] for k in ("strict", "known")}
     return metrics
 
 
-def facts_metrics(student, seed, settings=None, part="new", teacher_reads="both", read=None):
-    """Train a copy of the student on one part of the facts, then ask it everything.
+def take_turns(start, data, seed, *, method, lr, steps, rehearse):
+    """As `train`, with an update on known facts after every one on new facts."""
+    student, known = copy.deepcopy(start), facts("known", seed)["prompts"]
+    optimizer = adamw(student, lr, weight_decay=0.0)
+    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
+    steps = min(steps, 3) if common.options.quick else steps
+    for step in range(1, steps + 1):
+        set_learning_rate(optimizer, lr, step, steps)
+        rows = rng.choice(len(data["prompts"]), len(data["prompts"]), replace=False)
+        new = {key: values[rows] for key, values in data.items()}
+        asked = known[torch.randint(len(known), (len(rows),), generator=generator).numpy()]
+        # On known facts the base is the teacher, and reads no text either.
+        old = new | dict(prompts=asked, teacher_prompts=asked)
+        for loss_of, batch in ((method, new), (sdft, old)):
+            loss = loss_of(student, start, batch, generator)
+            loss.backward()
+            clip_and_step(student, optimizer, loss.item())
+    return student, start
 
-    `teacher_reads` is the text in the teacher's prompt, `read` one in the prompts when asked.
-    """
-    if settings:
-        data = toy.facts(part, seed, reads=teacher_reads)
-        student, _ = train(student, data, seed, **settings)
+
+def scores(student, seed, part="new", reads=None):
+    """Scores of one part of the facts and of the known ones, on both questions."""
     asked = {"A": (part, "A"), "OOD": (part, "B"), "known A": ("known", "A")}
     asked["known B"] = ("known", "B")
     sets = {
-        name: toy.facts(p, seed, question, read or "both") for name, (p, question) in asked.items()
+        name: facts(p, seed, question, reads or "both") for name, (p, question) in asked.items()
     }
-    prompts = "teacher_prompts" if read else "prompts"
+    prompts = "teacher_prompts" if reads else "prompts"
     strict, length = evaluate(student, sets, prompts)
-    lenient, _ = evaluate(student, sets, prompts, is_correct=toy.is_last_correct)
+    lenient, _ = evaluate(student, sets, prompts, is_correct=is_last_correct)
     sampled, _ = evaluate(student, sets, prompts, temperature=1.0)
     return {
         "strict": strict["A"],
@@ -87,37 +92,46 @@ def facts_metrics(student, seed, settings=None, part="new", teacher_reads="both"
     }
 
 
-def claims(at):
-    scores = ("strict", "lenient", "OOD")
-    sft, sdft = ({m: at(arm, m) for m in (*scores, "known")} for arm in ("sft", "sdft"))
-    shown = [" / ".join(runner.mean_and_spread(of[m]) for m in scores) for of in (sft, sdft)]
-    yield (
-        "facts: SDFT answers other questions on them better (OOD; strict / lenient / OOD)",
-        "SFT 80/95/80, SDFT 89/100/98, article in the prompt 91/100/100",
-        "SFT {}; SDFT {}".format(*shown),
-        verdicts.more(sdft["OOD"], sft["OOD"]),
-    )
-    yield (
-        "SDFT learns more of the facts (strict)",
-        "89 against 80",
-        verdicts.against(sdft["strict"], sft["strict"]),
-        verdicts.more(sdft["strict"], sft["strict"]),
-    )
-    yield (
-        "SDFT keeps more of the known facts",
-        "not reported",
-        verdicts.against(sdft["known"], sft["known"]),
-        verdicts.more(sdft["known"], sft["known"]),
-    )
-    for metric, what in (("OOD", "answers other questions better"), ("known", "keeps more")):
-        pair = [at(arm, metric) for arm in ("sdft + known", "sft + known")]
-        yield (
-            f"if both take turns with known facts' prompts, SDFT {what} than SFT ({metric})",
-            "not reported",
-            verdicts.against(*pair),
-            verdicts.more(*pair),
-        )
+TURNS = dict(steps=160, rehearse=True)
+METHODS = {"sft": SFT, "sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
+METHODS |= {"sdft, frozen teacher": SDFT | dict(alpha=0.0)}
+METHODS |= {"sdft + known": TURNS | dict(method=sdft), "sft + known": TURNS | dict(method=sft)}
+RATES = {name: HIGH if name.startswith("sft") else MIDDLE for name in METHODS}
+KNOWLEDGE = runner.Experiment(
+    name="knowledge",
+    arms=[dict(arm="base"), dict(arm="oracle", reads="article"), *grid(RATES, METHODS)],
+    measure=measure,
+    columns=["strict", "lenient", "OOD", "known", "val strict", "val known"],
+    bases=[dict(world="facts")],
+    choose_by=("val strict", "val known"),
+)
 
+
+# --- What the teacher reads ----------------------------------------------------------------------
+
+
+def measure_context(seed, text, settings):
+    start = base(seed, "facts")
+    told, _ = evaluate(start, {"A": facts("new", seed, reads=text)}, "teacher_prompts")
+    return {"teacher": told["A"]} | taught(start, seed, settings, text)
+
+
+CONTEXT = runner.Experiment(
+    name="context",
+    arms=[
+        arm
+        for name, text in {
+            "answer only": "answer",
+            "article only": "article",
+            "both": "both",
+        }.items()
+        for arm in grid({name: MIDDLE[1:]}, {name: SDFT}, text=text)
+    ],
+    measure=measure_context,
+    columns=["strict", "lenient", "OOD", "known", "teacher"],
+    bases=[dict(world="facts")],
+    choose_by=("val strict", "val known"),
+)
 
 if __name__ == "__main__":
-    runner.main("knowledge")
+    runner.main(__doc__, KNOWLEDGE, CONTEXT)

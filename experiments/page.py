@@ -2,41 +2,37 @@
 
     python -m experiments.page out/toy                       # writes out/toy/page.html
     python -m experiments.page out/a out/b --out both.html   # several runs, overlaid
-    chromium --headless --hide-scrollbars --window-size=1000,1150 --screenshot=page.png PAGE.html
 
 A RUN is the --out_dir of a training. The page is one file; it needs no server and no network. It
-shows what it finds, and says what is missing, of
-
-    results.json   "config"; "command" that made the run; "base", "final" or an arm's name: scores
-                   {name: number}, or a list of them, each with what it is "after"
-    samples.jsonl  see data/samples.py
-    metrics.jsonl  rows with phase, skill, step, loss, and the keys of data/watch.py
+shows what it finds, and says what is missing, of samples.jsonl and metrics.jsonl (data/README.md),
+and of results.json: "config"; the "command" that made the run; and under any other name scores
+{name: number}, or a list of them, each with what it is "after".
 """
 
 import argparse
 import html
 import json
+import math
 import sys
 from pathlib import Path
 
-from data import samples
+from data import files, watch
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-METRICS = (
-    *("loss", "new", "prior", "teacher_accuracy", "never_ended", "rollouts_correct"),
-    *("kl_student_base", "kl_teacher_base", "student_entropy", "teacher_entropy"),
-    "response_length",
-)
-MISSING = {
-    "results.json": "the run goes on or was interrupted, so that there are no settings yet",
-    "metrics.jsonl": "there are no curves",
-    "samples.jsonl": "there are no responses to look at",
-}
-FALL = 0.05  # loss of prior accuracy that counts as forgetting
-MAX_POINTS = 120  # of a curve
-MAX_WARNINGS = 20
-MAX_BYTES = 600_000  # of all samples
-LIMITS = ((12, 24), (12, 12), (12, 6), (12, 3), (6, 3), (3, 3), (1, 3))  # prompts, rows per arm
+FILES = ("results.json", "metrics.jsonl", "samples.jsonl")
+MAX_RESPONSES = 12  # of an arm to a prompt, as page.html says
+MAX_POINTS = 100  # of a curve
+PANELS = (  # title, metrics, top of the scale if it is a share, what it says
+    ("Loss", ["loss"], None, "Nats per token. Arms train on different losses."),
+    ("New task", ["new"], 1, "Share of correct answers on what is being learned."),
+    ("Prior abilities", ["prior"], 1, "Never trained on. A large point: here forgetting began."),
+    ("Teacher's accuracy", ["teacher_accuracy"], 1, "The student learns no more than that."),
+    ("KL to the base", ["kl_student_base", "kl_teacher_base"], None, "In nats per token."),
+    ("Entropy", ["student_entropy", "teacher_entropy"], None, "Of the next token, in nats."),
+    ("Length", ["response_length"], None, "Tokens per response. A jump tells of a collapse."),
+    ("Never ended", ["never_ended"], 1, "Share of responses that were cut off."),
+    ("Correct rollouts", ["rollouts_correct"], 1, "Near 0: a cold start, nothing to build on."),
+)  # fmt: skip
 
 
 def main(argv=None):
@@ -47,148 +43,51 @@ def main(argv=None):
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "page.html"
     try:
-        page = render(collect([read_run(folder) for folder in args.runs]))
-        out.write_text(page, encoding="utf-8", errors="replace")
-    except ValueError as e:
+        page = render(*read_runs(args.runs))
+        files.write_whole(out, lambda tmp: tmp.write_text(page, "utf-8", errors="replace"))
+    except KeyError as e:
+        sys.exit(f"error: a row of metrics.jsonl or samples.jsonl has no {e}; take it out")
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}; choose another RUN or --out")
     print(f"open {out} in a browser ({len(page) / 1e3:.0f} kB)")
 
 
-# --- What a run's folder holds --------------------------------------------------------------------
+def read_runs(folders):
+    """{run: its results.json}, the rows of metrics and of samples, notes on what is missing.
+
+    Every row gets the names of its "arm" and, if there are several, of its "run".
+    """
+    results, rows, notes = {}, {"metrics.jsonl": [], "samples.jsonl": []}, []
+    for folder in folders:
+        there = [name for name in FILES if (folder / name).is_file()]
+        if not there:
+            names = ", ".join(FILES)
+            raise ValueError(f"{folder} holds no run (none of {names}); name a run's --out_dir")
+        notes += [f"{folder} has no {name} yet." for name in FILES if name not in there]
+        results[str(folder)] = {}
+        if "results.json" in there:
+            try:
+                text = (folder / "results.json").read_text(encoding="utf-8")
+                results[str(folder)] = dict(json.loads(text))
+            except (ValueError, TypeError):
+                notes.append(f"{folder / 'results.json'} is damaged: there are no settings.")
+        run = f", {folder}" if len(folders) > 1 else ""
+        for name in [name for name in there if name in rows]:
+            found, n_damaged = files.read(folder / name)
+            if n_damaged:
+                notes.append(f"{folder / name} has damaged lines, which are left out: {n_damaged}.")
+            for row in found:
+                arm = {"sft": "SFT", "sdft": "SDFT"}.get(row["phase"], row["phase"])
+                rows[name].append(row | {"arm": arm + run, "run": run})
+    return results, rows["metrics.jsonl"], rows["samples.jsonl"], notes
 
 
-def read_run(folder):
-    """What the folder has: name, config, results, metrics, samples, notes on what is missing."""
-    there = [name for name in MISSING if (folder / name).is_file()]
-    if not there:
-        files = ", ".join(MISSING)
-        raise ValueError(f"{folder} holds no run (none of {files}); name the --out_dir of a run")
-    run = {"name": str(folder), "results": {}, "metrics": [], "samples": []}
-    notes = [f"There is no {name}: {why}." for name, why in MISSING.items() if name not in there]
-    if "results.json" in there:
-        try:
-            run["results"] = dict(json.loads((folder / "results.json").read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError):
-            notes.append("results.json cannot be read: there are no settings.")
-    for name in [name for name in there if name != "results.json"]:
-        rows, unreadable = samples.read(folder / name)
-        if name == "samples.jsonl":
-            compact = [compact_sample(row) for row in rows]
-            rows = [row for row in compact if row]
-            unreadable += len(compact) - len(rows)
-        run[name.removesuffix(".jsonl")] = rows
-        if unreadable:
-            notes.append(f"Of {name}, {count(unreadable, 'line')} cut off or damaged: left out.")
-    config = run["results"].get("config")
-    config = {k: plain(v) for k, v in config.items()} if isinstance(config, dict) else {}
-    return run | {"config": config, "notes": notes}
+def when(row):
+    return (f"{row['skill']}, " if row.get("skill") else "") + f"step {row['step']}"
 
 
-def compact_sample(row):
-    """A row of samples.jsonl with lists for tokens, to keep the page small; None if damaged."""
-    try:
-        tokens = []
-        for token in row["tokens"]:
-            names = ("student", "teacher", "divergence", "reward", "push")
-            numbers = [number(token[name]) for name in names]
-            tops = (token["student_top"], token["teacher_top"])
-            tops = [[[int(i), str(text), number(p)] for i, text, p in top] for top in tops]
-            tokens.append([int(token["id"]), str(token["text"]), *numbers, *tops])
-            if None in numbers + [p for top in tops for _, _, p in top]:
-                return None
-        texts = ("prompt", "teacher_prompt", "demonstration", "response", "divergence")
-        row |= {name: str(row[name] or "") for name in texts}
-        for name in ("skill", "expected"):
-            row[name] = None if row.get(name) is None else str(row[name])
-        row["phase"], row["step"] = str(row.get("phase") or "training"), number(row["step"])
-        row["kind"] = "prior" if row.get("kind") == "prior" else "new"
-        row["role"] = "teacher" if row.get("role") == "teacher" else "student"
-        row["correct"] = row["correct"] if isinstance(row.get("correct"), bool) else None
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-    return None if row["step"] is None else row | {"tokens": tokens}
-
-
-def number(x):
-    """A finite number as it is, None for anything else."""
-    return x if type(x) in (int, float) and abs(x) < 1e300 else None  # NaN is not below
-
-
-def plain(value):
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def count(n, word):
-    return f"{n:,} {word}" + ("" if n == 1 else "s")
-
-
-# --- What the page shows --------------------------------------------------------------------------
-
-
-def collect(runs):
-    """The content of the page: runs, arms with their curves, prompts with their responses."""
-    arms, rows, shown = [], [], []
-    for run, label in zip(runs, run_labels(runs)):
-        phases = curves(run)
-        for row in run["samples"]:
-            if row["role"] != "teacher" and row["phase"] != "base":
-                phases.setdefault(row["phase"], {"stages": [], "points": {}})
-        place = {phase: len(arms) + i for i, phase in enumerate(phases)}
-        for phase, curve in phases.items():
-            name = phase.upper() if phase in ("sft", "sdft") else phase
-            arm = curve | {"label": name + label, "sft": phase.startswith("sft")}
-            arm["forgetting"] = forgetting(arm)
-            points = {name: thinned(points, MAX_POINTS) for name, points in curve["points"].items()}
-            arms.append(arm | {"points": points})
-        rows += [row | {"run": label, "arm": place.get(row["phase"])} for row in run["samples"]]
-        command = run["results"].get("command")
-        words = command if isinstance(command, list) else [command or ""]
-        shown.append({key: run[key] for key in ("name", "config", "notes")})
-        shown[-1] |= {"command": " ".join(map(str, words)), "warnings": warnings(run["metrics"])}
-        shown[-1]["results"] = results_table(run["results"])
-    prompts, note = choose(rows, [arm["label"] for arm in arms])
-    return {"runs": shown, "arms": arms, "prompts": prompts, "note": note}
-
-
-def run_labels(runs):
-    """What tells each of several runs apart: the settings that differ, else the folder."""
-    if len(runs) == 1:
-        return [""]
-    configs = [run["config"] for run in runs]
-    names = [k for k in dict.fromkeys(k for c in configs for k in c) if k != "out_dir"]
-    names = [k for k in names if len({c.get(k) for c in configs}) > 1][:4]
-    labels = [", ".join(f"{k} {c[k]}" for k in names if k in c) for c in configs]
-    clear = len(set(labels)) == len(labels) and all(labels)
-    return [f", {label if clear else run['name']}" for run, label in zip(runs, labels)]
-
-
-def curves(run):
-    """{phase: {"stages": [[skill, updates]], "points": {metric: [[stage, step, value]]}}}"""
-    phases = {}
-    for row in run["metrics"]:
-        step, skill = number(row.get("step")), str(row["skill"]) if row.get("skill") else None
-        if step is None:
-            continue
-        phase = row.get("phase") or row.get("arm") or run["config"].get("method") or "training"
-        curve = phases.setdefault(str(phase), {"stages": [], "points": {}})
-        if not curve["stages"] or curve["stages"][-1][0] != skill:
-            curve["stages"].append([skill, 0])
-        curve["stages"][-1][1] = max(curve["stages"][-1][1], step)
-        for metric in METRICS:
-            value = number(row.get(metric))
-            if value is not None:
-                point = [len(curve["stages"]) - 1, step, value]
-                curve["points"].setdefault(metric, []).append(point)
-    base = phases.pop("base", {"points": {}})["points"]
-    if len(phases) > 1:
-        phases.pop("pretrain", None)  # which the arms have in common
-    for curve in phases.values():
-        for metric in [metric for metric in curve["points"] if metric in base]:
-            if curve["points"][metric][0][:2] != [0, 0]:
-                curve["points"][metric].insert(0, [0, 0, base[metric][0][2]])
-    return phases
+def is_number(x):
+    return isinstance(x, (int, float)) and math.isfinite(x)
 
 
 def thinned(items, n):
@@ -198,110 +97,179 @@ def thinned(items, n):
     return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]
 
 
-def forgetting(arm):
-    """When the prior accuracy began to fall: a sentence, and the point if it did."""
-    points = arm["points"].get("prior")
-    if not points:
-        return None
-
-    def at(point):
-        return f"{point[2]:.2f} at {when(arm['stages'][point[0]][0], point[1])}"
-
-    name, start, lowest = arm["label"], points[0], min(points, key=lambda point: point[2])
-    fallen = [point for point in points if point[2] < start[2] - FALL]
-    if not fallen:
-        text = f"{name} does not forget: its prior accuracy is {at(start)} and never {FALL} lower."
-        return {"text": text, "point": None}
-    text = f"{name} forgets: its prior accuracy is {at(start)} and {at(fallen[0])}, the first loss "
-    return {"text": f"{text}of more than {FALL}; lowest: {at(lowest)}.", "point": fallen[0]}
+# --- The page -------------------------------------------------------------------------------------
 
 
-def when(skill, step):
-    return (f"{skill}, " if skill else "") + f"step {step}"
+class Markup(str):
+    """Text that is HTML already."""
 
 
-def warnings(rows):
-    """[when, sentence], each sentence once, with the first time."""
-    first = {}
-    for row in rows:
-        sentences, at = row.get("warnings"), (row.get("phase"), row.get("skill"), row.get("step"))
-        for sentence in sentences if isinstance(sentences, list) else []:
-            first.setdefault(str(sentence), "{} {} step {}".format(*at).replace("None ", ""))
-    lines = [[at, sentence] for sentence, at in first.items()]
-    more = count(len(lines) - MAX_WARNINGS, "later warning")
-    return lines[:MAX_WARNINGS] + [["", f"{more} in metrics.jsonl"]] * (len(lines) > MAX_WARNINGS)
+def el(tag, *children, **attributes):
+    """An element of HTML or SVG. All that is not Markup is escaped: a run's text is never HTML."""
+    pairs = [(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items()]
+    words = "".join(f' {name}="{html.escape(str(value))}"' for name, value in pairs)
+    inner = [c if isinstance(c, Markup) else html.escape(str(c)) for c in children]
+    return Markup(f"<{tag}{words}>{''.join(inner)}</{tag}>")
 
 
-def results_table(results):
-    """{"columns", "rows": [[label, numbers]]}: all scores in results.json."""
-    rows = []
-    for name, scores in results.items():
-        for row in scores if isinstance(scores, list) else [scores]:
-            if name != "config" and isinstance(row, dict):
-                numbers = {k: v for k, v in row.items() if number(v) is not None}
-                label = f"{name}, after {row['after']}" if "after" in row else name
-                rows += [(label, numbers)] if numbers else []
-    columns = [*dict.fromkeys(k for _, numbers in rows for k in numbers)]
-    return {"columns": columns, "rows": [[name, [n.get(k) for k in columns]] for name, n in rows]}
+def table(head, rows):
+    lines = [el("tr", *[el("th", cell) for cell in head])]
+    lines += [el("tr", *[el("td", cell) for cell in row]) for row in rows]
+    return el("div", el("table", *lines), class_="scroll")
 
 
-def choose(rows, labels):
-    """The prompts with their responses, few enough for a page, and a note if not all are there."""
-    groups, began = {}, {}
-    for row in rows:
-        # The model before training is an arm's student at step 0 of what it learned first.
-        first = began.setdefault((row["run"], row["phase"]), row["skill"])
-        row["untrained"] = row["step"] == 0 and row["skill"] == first
-        tracks = groups.setdefault((row["prompt"], row["kind"], row["expected"]), {})
-        tracks.setdefault((row["run"], row["phase"], row["role"]), []).append(row)
-    new, prior = ([key for key in groups if key[1] == kind] for kind in ("new", "prior"))
-    for n_prompts, n_rows in LIMITS:
-        n_prior = max(n_prompts // 3, n_prompts - len(new))
-        keys = new[: n_prompts - min(n_prior, len(prior))] + prior[:n_prior]
-        tracks = [[thinned(track, n_rows) for track in groups[key].values()] for key in keys]
-        prompts = [prompt_view(*key, track, labels) for key, track in zip(keys, tracks)]
-        if len(json.dumps(prompts)) <= MAX_BYTES:
-            break
-    kept = sum(len(track) for group in tracks for track in group)
-    note = f"Of {count(len(rows), 'response')} to {count(len(groups), 'prompt')} the page has "
-    note += f"{kept:,}, to {count(len(keys), 'prompt')}, spread from the first to the last."
-    return prompts, note if kept < len(rows) else None
-
-
-def prompt_view(prompt, kind, expected, tracks, labels):
-    """One prompt: its responses through training ("steps"), and the arms' last ones ("sides")."""
-    contexts, steps, base, last, teacher = [], [], {}, {}, {}
-    for track in tracks:
-        arm, run = track[0]["arm"], track[0]["run"]
-        if track[0]["role"] == "teacher":
-            teacher.setdefault("teacher" + run, track[0])
-            continue
-        if track[0]["untrained"]:
-            base.setdefault("base" + run, track[0])
-        if arm is not None:
-            last[labels[arm]] = track[-1]
-        for row in track if arm is not None else []:
-            context = [row["teacher_prompt"], row["demonstration"]]
-            contexts += [context] if context not in contexts else []
-            names = ("arm", "skill", "step", "correct", "divergence", "tokens")
-            steps.append({name: row[name] for name in names} | {"context": contexts.index(context)})
-    # Runs that share a base are told apart by their arms only.
-    alike = len({row["response"] for row in base.values()}) == 1
-    base = {"base": next(iter(base.values()))} if alike else base
-    sides = [
-        [who, row["response"], row["correct"], when(row["skill"], row["step"])]
-        for who, row in (base | last | teacher).items()
+def render(results, metrics, samples, notes):
+    """The page of all runs."""
+    prompts = by_prompt(samples)
+    tracks = [
+        {arm: thinned(rows, MAX_RESPONSES) for arm, rows in arms.items()} for arms, _ in prompts
     ]
-    about = {"prompt": prompt, "kind": kind, "expected": expected, "contexts": contexts}
-    return about | {"steps": steps, "sides": sides}
+    # No part has a "<" of a run's text, so that none ends its element or holds another's mark.
+    parts = {
+        "title": html.escape(", ".join(results)),
+        "warnings": el("ul", *[el("li", text) for text in warnings(metrics)], class_="warn"),
+        "notes": el("ul", *[el("li", note) for note in notes]),
+        "curves": curves(by_arm(metrics)),
+        "sides": side_by_side([sides for _, sides in prompts]),
+        "settings": "".join(map(scores, results, results.values())) + settings(results),
+        "data": json.dumps(tracks).replace("<", "\\u003c"),
+    }
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        page = page.replace(f"<!-- {name} -->", part)
+    return page
 
 
-def render(data):
-    """The page; nothing in the data can end the script element that holds it."""
-    title = html.escape(", ".join(run["name"] for run in data["runs"]))
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("$DATA")
-    data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return before.replace("$TITLE", title) + data + after
+def warnings(metrics):
+    found = [(row, sentence) for row in metrics for sentence in row.get("warnings") or []]
+    return [f"{row['arm']}, {when(row)}: {sentence}" for row, sentence in found]
+
+
+def by_prompt(samples):
+    """[({arm: rows}, {"base", arm or "teacher": the row side by side})], one of each prompt."""
+    prompts, first_skill = {}, {}
+    for row in samples:
+        key = row["kind"], row["prompt"], row["expected"]
+        arms, sides = prompts.setdefault(key, ({}, {}))
+        if row["role"] == "teacher":
+            sides.setdefault("teacher" + row["run"], row)
+            continue
+        # The model before training is an arm's student at step 0 of what it learns first.
+        skill = row.get("skill")
+        if row["step"] == 0 and first_skill.setdefault(row["arm"], skill) == skill:
+            sides.setdefault("base" + row["run"], row)
+        arms.setdefault(row["arm"], []).append(row)
+        sides[row["arm"]] = row
+    return [*prompts.values()]
+
+
+def side_by_side(prompts):
+    """What the base, the arms after training and the teacher answer to every prompt."""
+    columns = dict.fromkeys(column for sides in prompts for column in sides)
+    columns = sorted(columns, key=lambda column: column.startswith("teacher"))
+    lines = []
+    for sides in prompts:
+        about = next(iter(sides.values()))
+        cells = [answer(sides[column]) if column in sides else "–" for column in columns]
+        lines.append([f"{about['prompt']} ({about['kind']})", about["expected"], *cells])
+    return table(["prompt", "expected", *columns], lines)
+
+
+def answer(row):
+    verdict = {True: "✓ correct, ", False: "✗ wrong, "}.get(row["correct"], "")
+    return Markup(el("div", row["response"] or "∅") + el("small", verdict + when(row)))
+
+
+def scores(run, results):
+    """All scores of results.json, and the command."""
+    rows = []
+    for name, found in results.items():
+        for row in found if isinstance(found, list) else [found]:
+            if name != "config" and isinstance(row, dict):
+                label = name if row is found else f"{name}, after {row['after']}"
+                rows.append((label, {k: f"{v:.4g}" for k, v in row.items() if is_number(v)}))
+    columns = dict.fromkeys(name for _, numbers in rows for name in numbers)
+    cells = [[label, *(numbers.get(name, "–") for name in columns)] for label, numbers in rows]
+    command = results.get("command", "The run has not recorded its command.")
+    head = el("h3", run) + el("div", command, class_="text")
+    return head + table(["scores", *columns], cells)
+
+
+def settings(results):
+    """A column per run; first the settings that differ."""
+    configs = [found.get("config", {}) for found in results.values()]
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = [[name, *(str(config.get(name, "–")) for config in configs)] for name in names]
+    return table(["setting", *results], sorted(rows, key=lambda row: len({*row[1:]}) == 1))
+
+
+# --- Curves ---------------------------------------------------------------------------------------
+
+
+def by_arm(metrics):
+    """{arm: its rows}; the "updates" of a row count those for its earlier skills too."""
+    arms, start = {}, {}
+    for row in metrics:
+        if row["phase"] != "pretrain":
+            rows = arms.setdefault(row["arm"], [])
+            before = rows[-1]["updates"] if rows else 0
+            before = start.setdefault((row["arm"], row.get("skill")), before)
+            rows.append(row | {"updates": before + row["step"]})
+    return arms
+
+
+def curves(arms):
+    """A legend that tells where forgetting began, and the panels."""
+    legend = []
+    for i, (arm, rows) in enumerate(arms.items()):
+        fall = forgetting(rows)
+        began = f": forgetting began at {when(fall)} (prior {fall['prior']:.2f})" if fall else ""
+        legend.append(el("li", arm + began, class_=f"c{i % 8}"))
+    charts = [chart(arms, *panel) for panel in PANELS]
+    return el("ul", *legend, class_="legend") + el("div", *charts, class_="two")
+
+
+def forgetting(rows):
+    """The first row whose prior accuracy is far below the first one's, or None."""
+    rows = [row for row in rows if is_number(row.get("prior"))]
+    return next((row for row in rows if row["prior"] < rows[0]["prior"] - watch.FORGETTING), None)
+
+
+def chart(arms, title, metrics, top, caption):
+    """A figure of the metrics of all arms; no text if none was measured."""
+    rows = [row for rows in arms.values() for row in rows]
+    values = [row[name] for name in metrics for row in rows if is_number(row.get(name))]
+    if not values:
+        return ""
+    top, svg = top or max(values) or 1, []
+    for y, value in ((160, 0), (90, top / 2), (20, top)):
+        svg.append(el("line", x1=40, x2=330, y1=y, y2=y))
+        svg.append(el("text", f"{value:.3g}", x=36, y=y + 4, text_anchor="end"))
+    first = next(iter(arms.values()))
+    for row in first:
+        if row["step"] == 0 and row.get("skill"):
+            x = round(40 + 290 * row["updates"] / (first[-1]["updates"] or 1))
+            svg.append(el("line", x1=x, x2=x, y1=20, y2=160))
+            svg.append(el("text", f"learns {row['skill']}", x=x + 4, y=14))
+    totals = dict.fromkeys(f"{rows[-1]['updates']:,}" for rows in arms.values())
+    svg.append(el("text", " / ".join(totals) + " updates", x=330, y=178, text_anchor="end"))
+    for i, rows in enumerate(arms.values()):
+        svg += [el("g", *curve(rows, metric, top), class_=f"c{i % 8}") for metric in metrics]
+    figure = el("svg", *svg, viewBox="0 0 340 184", role="img", aria_label=title)
+    return el("figure", el("h3", title), figure, el("figcaption", caption))
+
+
+def curve(rows, metric, top):
+    """The line of an arm, and its points, each with a tip."""
+    width = 290 / (rows[-1]["updates"] or 1)
+    fall = forgetting(rows) if metric == "prior" else None
+    found = thinned([row for row in rows if is_number(row.get(metric))], MAX_POINTS)
+    places = [(40 + width * row["updates"], 160 - 140 * row[metric] / top) for row in found]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    yield el("polyline", points=path, stroke_dasharray="5 3" if "teacher" in metric else "none")
+    for row, (x, y) in zip(found, places):
+        tip = el("title", f"{row['arm']}, {metric}, {when(row)}: {row[metric]:.4g}")
+        yield el("circle", tip, cx=f"{x:.1f}", cy=f"{y:.1f}", r=8 if row is fall else 2.5)
 
 
 if __name__ == "__main__":

@@ -6,105 +6,88 @@ gone when SFT was stopped at matched accuracy.
 
     python -m experiments.pareto --seeds 5
 
-Every point is measured on validation inputs as well ("val new", "val prior"): `chosen` in
-settings.py picks from those what the other experiments use. A stopped SFT is looked at every 5
-updates and ends as soon as its validation accuracy is within 0.02 of SDFT's; "updates" is when,
-"matched" whether it got there within the 160 updates.
+The other experiments use the rates that are chosen here (settings.py). A stopped SFT is looked at
+every 5 updates and ends as soon as its validation accuracy is within 0.02 of SDFT's; "updates" is
+when, "matched" whether it got there within the 160 updates.
 """
 
 import numpy as np
 
-from experiments import runner, verdicts
-from experiments.common import base, skill_metrics, train_on_skill, train_to_match, validation
-from experiments.settings import RATES, SDFT, SFT, grid
-from train_toy import sdft_step, sft_step
+from experiments import report, runner
+from experiments.common import base, skill, skill_metrics, train_on_skill, training
+from experiments.settings import METHODS, RATES, SDFT, SFT, grid
+from train_toy import evaluate
 
-FAMILIES = {
-    "sft": dict(step=sft_step, style="expert"),
-    "sft, own style": dict(step=sft_step, style="own"),
-    "sdft": dict(step=sdft_step),
-    "sdft, forward KL": dict(step=sdft_step, divergence="forward"),
-    "sdft, JSD": dict(step=sdft_step, divergence="jsd"),
-}
-ARMS = {"base": {}} | {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
-for lr in RATES[2:]:
-    ARMS[f"sft stopped, {lr:g}"] = dict(settings=SFT | dict(lr=lr), match=SDFT)
-COLUMNS = ["new", "prior", "sampled", "KL", "val new", "val prior", "updates", "matched"]
-WORLDS = [("skills",)]
-SWEEP = ("val new", "val prior")
+STOPPED = {lr: f"sft stopped, {lr:g}" for lr in RATES[2:]}
 
 
-def measure(seed, settings=None, match=None):
-    start, metrics = base(seed), {}
-    if match:
-        other = train_on_skill(start, seed, match)
-        student, metrics["updates"], metrics["matched"] = train_to_match(
-            other, start, seed, settings
-        )
+def measure(seed, settings=None, stop=False):
+    start, matched = base(seed), {}
+    if stop:
+        goal, _ = train_on_skill(start, seed, SDFT)
+        student, matched = train_to_match(goal, start, seed, settings)
     else:
-        student = train_on_skill(start, seed, settings)
-    return metrics | skill_metrics(student, start, seed) | validation(student, seed)
+        student, _ = train_on_skill(start, seed, settings)
+    return matched | skill_metrics(student, start, seed)
 
 
-def claims(at):
-    """A difference in accuracy counts beyond MARGIN, see verdicts.py."""
-    sft, own, sdft = (
-        {m: at(arm, m) for m in ("new", "prior")} for arm in ("sft", "sft, own style", "sdft")
-    )
-    yield (
-        "SDFT forgets less than SFT (prior)",
-        "64.5 against 53.4 (base 65.5)",
-        verdicts.against(sdft["prior"], sft["prior"]),
-        verdicts.more(sdft["prior"], sft["prior"]),
-    )
-    matched = {lr: at(f"sft stopped, {lr:g}", "matched") > 0 for lr in RATES[2:]}
-    pairs = {
-        lr: (sdft["prior"][m], at(f"sft stopped, {lr:g}", "prior")[m])
-        for lr, m in matched.items()
-        if m.sum() > 1
-    }
-    lr = max(pairs, key=lambda lr: pairs[lr][1].mean(), default=None)
-    yield (
-        "also if SFT stops at SDFT's accuracy (prior; the kindest rate, only seeds that matched)",
-        "not reported; asked by a replication",
-        f"{verdicts.against(*pairs[lr])}, SFT at {lr:g} on {len(pairs[lr][0])} seeds"
-        if pairs
-        else "no rate matched on two seeds",
-        verdicts.more(*pairs[lr]) if pairs else verdicts.CANNOT,
-    )
-    yield (
-        "SDFT learns more than SFT (new)",
-        "70.2 against 66.2; 70.6 against 63.2",
-        verdicts.against(sdft["new"], sft["new"]),
-        verdicts.more(sdft["new"], sft["new"]),
-    )
-    yield (
-        "SDFT forgets less than SFT on demonstrations in the model's own style (prior)",
-        "not reported; the control",
-        verdicts.against(sdft["prior"], own["prior"]),
-        verdicts.more(sdft["prior"], own["prior"]),
-    )
+def train_to_match(goal, start, seed, settings):
+    """A copy of the start, trained until it is as accurate as `goal`, and when that was."""
+    validation = {"X": skill("X", "val", seed)}
+    target = evaluate(goal, validation)[0]["X"] - 0.02
+    data = skill("X", "train", seed, settings["style"])
+    student, _, updates = training(start, data, seed, **settings)
+    matched = False
+    for step, _ in updates:
+        if step % 5 == 0 and evaluate(student, validation)[0]["X"] >= target:
+            matched = True
+            break
+    return student, {"updates": step, "matched": matched}
+
+
+def derive(metrics):
+    """SDFT against the stopped SFT, on the seeds that matched, at the rate that keeps most."""
+    best = {"sdft": [], "sft": [], "here": "no rate matched on two seeds"}
+    for lr, arm in STOPPED.items():
+        matched = np.array(metrics[arm]["matched"]) > 0
+        sdft, sft = (np.array(metrics[k]["prior"])[matched] for k in ("sdft", arm))
+        if matched.sum() > 1 and (not len(best["sft"]) or sft.mean() > best["sft"].mean()):
+            here = " against ".join(map(report.mean_and_spread, (sdft, sft)))
+            here += f", SFT at {lr:g} on {len(sft)} seeds"
+            best = {"sdft": sdft, "sft": sft, "here": here}
+    metrics["sdft where matched"] = {"prior": best["sdft"]}
+    metrics["sft where matched"] = {"prior": best["sft"], "here": best["here"]}
 
 
 def figure(rows, plt):
     drawn, panel = plt.subplots(figsize=(6, 4.2))
     colours = ["tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:purple", "tab:pink"]
-    for family, colour in zip([*FAMILIES, "sft stopped"], colours):
-        metrics = [
-            r["metrics"]
-            for r in rows
-            if r["arm"].split(" at ")[0] == family or r["arm"].startswith(family + ", 0")
-        ]
-        (x, dx), (y, dy) = (runner.mean_and_sd([m[c] for m in metrics]) for c in ("new", "prior"))
+    for family, colour in zip([*METHODS, "sft stopped"], colours):
+        metrics = [row["metrics"] for row in rows if row.get("family") == family]
+        (x, dx), (y, dy) = (report.mean_and_sd([m[c] for m in metrics]) for c in ("new", "prior"))
         style = dict(fmt="-o", color=colour, alpha=0.8, elinewidth=0.7, linewidth=0.7)
         panel.errorbar(x, y, dy, dx, label=family, **style)
-    start = next(r["metrics"] for r in rows if r["arm"] == "base")
+    start = rows[0]["metrics"]
     panel.plot(np.mean(start["new"]), np.mean(start["prior"]), "k*", markersize=12, label="base")
     panel.set(xlabel="skill X, greedy accuracy", ylabel="prior skills, greedy accuracy")
     panel.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05))
-    runner.grid_and_legend(panel)
+    report.grid_and_legend(panel)
     return drawn
 
 
+PARETO = runner.Experiment(
+    name="pareto",
+    arms=[dict(arm="base"), *grid(dict.fromkeys(METHODS, RATES))]
+    + [
+        dict(arm=arm, family="sft stopped", settings=SFT | dict(lr=lr), stop=True)
+        for lr, arm in STOPPED.items()
+    ],
+    measure=measure,
+    columns=["new", "prior", "sampled", "KL", "val new", "val prior", "updates", "matched"],
+    choose_by=("val new", "val prior"),
+    derive=derive,
+    figure=figure,
+)
+
 if __name__ == "__main__":
-    runner.main("pareto")
+    runner.main(__doc__, PARETO)

@@ -10,59 +10,40 @@ correct result, with or without reasoning: with it, a response has 5 tokens, the
 without it 2. The rates are chosen on validation inputs.
 """
 
-from data import toy
-from experiments import runner, verdicts
-from experiments.common import base, skill, skill_metrics, train_on_skill, validation
-from experiments.settings import HIGH, MIDDLE, grid
-from train_toy import evaluate, sdft_step, sft_step
+import numpy as np
 
-FAMILIES = {
-    "sft": dict(step=sft_step, style="short", rates=HIGH),
-    "sdft": dict(step=sdft_step, style="short", rates=MIDDLE),
-    "sdft, forward KL": dict(step=sdft_step, style="short", divergence="forward", rates=MIDDLE),
-}
-ARMS = {"base": {}, "teacher": dict(read="teacher_prompts")}
-ARMS |= {arm: dict(settings=settings) for arm, settings in grid(FAMILIES).items()}
-COLUMNS = ["new", "sampled", "prior", "length", "val new", "val prior"]
-WORLDS = [("long",)]
-SWEEP = ("val new", "val prior")
+from experiments import runner
+from experiments.common import base, skill, skill_metrics, train_on_skill
+from experiments.settings import HIGH, METHODS, MIDDLE, grid
+from experiments.worlds import is_last_correct
+from train_toy import evaluate
 
 
-def measure(seed, settings=None, read=None):
-    start, rule = base(seed, "long"), dict(is_correct=toy.is_last_correct, world="long")
-    if read:
-        sets = {"X": skill("X", "test", seed, "short", world="long")}
-        accuracy, length = evaluate(start, sets, read, is_correct=toy.is_last_correct)
+def measure(seed, settings=None, reads=None):
+    start = base(seed, "long")
+    if reads:
+        test = skill("X", "test", seed, "short", world="long")
+        accuracy, length = evaluate(start, {"X": test}, reads, is_correct=is_last_correct)
         return {"new": accuracy["X"], "length": length["X"]}
-    student = train_on_skill(start, seed, settings, world="long")
-    return skill_metrics(student, start, seed, **rule) | validation(student, seed, **rule)
+    student, _ = train_on_skill(start, seed, settings, world="long")
+    return skill_metrics(student, start, seed, is_correct=is_last_correct, world="long")
 
 
-def claims(at):
-    arms = {"base": "base", "SFT": "sft", "SDFT": "sdft"}
-    new, length = ({k: at(arm, m) for k, arm in arms.items()} for m in ("new", "length"))
-    shown = (
-        f"{k} {runner.mean_and_spread(new[k])} / {runner.mean_and_spread(length[k])}" for k in arms
-    )
-    yield (
-        "answer-only demonstrations: SDFT learns (accuracy / tokens)",
-        "base 31.2/4612, SFT 23.5/3273, SDFT 43.7/4180",
-        "; ".join(shown),
-        verdicts.more(new["SDFT"], new["base"]),
-    )
-    yield (
-        "SDFT keeps reasoning there (tokens, at least .95 of the base's)",
-        "4180 of 4612",
-        verdicts.against(length["SDFT"], length["base"]),
-        verdicts.kept(length["SDFT"], length["base"], 0.95),
-    )
-    yield (
-        "SFT falls below the base there",
-        "23.5 against 31.2",
-        verdicts.against(new["SFT"], new["base"]),
-        verdicts.more(new["base"], new["SFT"]),
-    )
+def derive(metrics):
+    metrics["base"][".95 of the length"] = 0.95 * np.array(metrics["base"]["length"])
 
+
+RATES = {"sft": HIGH, "sdft": MIDDLE, "sdft, forward KL": MIDDLE}
+SHORT = {name: METHODS[name] | dict(style="short") for name in RATES}
+REASONING = runner.Experiment(
+    name="reasoning",
+    arms=[dict(arm="base"), dict(arm="teacher", reads="teacher_prompts"), *grid(RATES, SHORT)],
+    measure=measure,
+    columns=["new", "sampled", "prior", "length", "val new", "val prior"],
+    bases=[dict(world="long")],
+    choose_by=("val new", "val prior"),
+    derive=derive,
+)
 
 if __name__ == "__main__":
-    runner.main("reasoning")
+    runner.main(__doc__, REASONING)

@@ -1,28 +1,201 @@
-"""Writes the tables of experiments/README.md from the results in experiments/results.
+"""Verdicts, tables and figures of the results, and the parts of README.md that are made from them.
 
-python -m experiments.report                  # rewrite the marked parts
-python -m experiments.report out/experiments  # take over a finished run's results first
+    python -m experiments.report                  # rewrite the marked parts
+    python -m experiments.report out/experiments  # take over a finished run's results first
+
+A claim is about a difference, taken seed by seed: both methods start from the same base and see the
+same inputs. Its mean over n seeds has a 95% confidence interval of ± t · s / √n (Student's t).
+The verdict is
+
+    yes            the interval is above zero, and the mean is above the claim's margin
+    no             the interval is below the margin: there is no difference that counts
+    undecided      anything else: more seeds would tell
 """
 
 import argparse
-import importlib
+import csv
+import itertools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from experiments import forgetting_law
-from experiments.all import NAMES as ON_THE_TOY
-from experiments.runner import table
+from data.files import write_whole
 from experiments.settings import chosen
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md"
-CLAIMING = [*ON_THE_TOY, "forgetting_law"]
-NAMES = [*CLAIMING, "real_grid", "real_model", "real_controls"]
+CLAIMS = HERE / "claims.csv"
 MISSING = "not measured yet"
+CANNOT = "cannot be tested here"
+T_95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by n - 1
+
+
+# --- Claims and verdicts -------------------------------------------------------------------------
+
+
+def claims_table(experiments, results):
+    """Lines of Markdown: the claims of claims.csv, in its order, with what was measured."""
+    yield "| claim | the paper | here | verdict | seeds |"
+    yield "|---|---|---|---|---:|"
+    with open(CLAIMS, encoding="utf-8", newline="") as f:
+        claims = [*csv.DictReader(f)]
+    for name, rows in itertools.groupby(claims, key=lambda claim: claim["experiment"]):
+        if name not in results:
+            yield f"| [{name}](#{name}) | | {MISSING} | | |"
+            continue
+        metrics, seeds = of_arms(experiments[name], results[name]), results[name]["seeds"]
+        for claim in rows:
+            here, verdict = judge(claim, metrics)
+            text = f"| {claim['claim']} | {claim['paper']} | {here} | {verdict} |"
+            yield f"{text} {len(seeds) or ''} |"
+
+
+def of_arms(experiment, result):
+    """{arm: {metric: values}}, at the chosen rates, with what the experiment derives from them."""
+    rows = chosen(result["rows"], experiment.choose_by)
+    metrics = {row["arm"]: {**row["metrics"]} for row in rows}
+    if experiment.derive:
+        experiment.derive(metrics)
+    return metrics
+
+
+def judge(claim, metrics):
+    """What the table shows of a claim, and its verdict. The columns of claims.csv:
+
+    metric  what is compared, if a cell does not name its own
+    more    is claimed to be more, "arm" or "arm: metric", by more than the margin, than
+    than    the same, or a number
+    here    text with "{arm}", "{arm: metric}", "{more}" or "{than}" for mean and spread
+    cannot  why it cannot be tested here
+    """
+
+    def values(cell):
+        cell = claim.get(cell, cell)
+        if re.fullmatch(r"[\d.]+", cell):
+            return float(cell)
+        arm, _, metric = cell.partition(": ")
+        found = metrics[arm][metric or claim["metric"]]
+        return found if isinstance(found, str) else np.array(found)
+
+    def shown(match):
+        found = values(match[1])
+        return found if isinstance(found, str) else mean_and_spread(found)
+
+    here = re.sub(r"\{(.+?)\}", shown, claim["here"] or "{more} against {than}")
+    if claim["cannot"]:
+        return here, f"{CANNOT}: {claim['cannot']}"
+    return here, verdict(values(claim["more"]) - values(claim["than"]), float(claim["margin"]))
+
+
+def verdict(differences, margin):
+    """The verdict on "more", for a difference per seed, or a single number without any seeds."""
+    if np.ndim(differences) == 0:
+        return "yes" if differences > margin else "no"
+    if len(differences) < 2:
+        return CANNOT + ": one seed" * len(differences)
+    mean, half = interval(differences)
+    text = f"({mean:+.2f} ± {half:.2f})"
+    if mean - half > 0 and mean > margin:
+        return f"yes {text}"
+    if mean + half <= margin:
+        return f"no {text}"
+    return f"undecided {text}"
+
+
+def interval(values):
+    """Mean of at least two seeds' values, and half the width of its 95% confidence interval."""
+    n = len(values)
+    t = T_95[n - 1] if n <= len(T_95) else 1.96 + 2.5 / (n - 1)
+    return np.mean(values), t * np.std(values, ddof=1) / np.sqrt(n)
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def label(row):
+    return f"{row['arm']} at {row['rate']:g}" if "rate" in row else row["arm"]
+
+
+def table(rows, columns):
+    """Lines of Markdown: mean ± standard deviation over the seeds."""
+    yield "| arm | " + " | ".join(columns) + " |"
+    yield "|---" + "|---:" * len(columns) + "|"
+    for row in rows:
+        cells = [mean_and_spread(row["metrics"].get(c, ())) for c in columns]
+        yield f"| {label(row)} | " + " | ".join(cells) + " |"
+
+
+def mean_and_spread(values):
+    """The text "0.94 ± 0.04"; one seed has no spread. Large numbers get fewer digits."""
+    values = np.atleast_1d(values)
+    if len(values) == 0:
+        return ""
+    mean, sd = mean_and_sd([values])
+    largest = np.max(np.abs(values))
+    if largest >= 1000:
+        return f"{mean[0]:,.0f}"
+    digits = 0 if largest >= 100 else 2
+    spread = f" ± {sd[0]:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean[0]:.{digits}f}{spread}"
+
+
+def mean_and_sd(values):
+    """Mean and standard deviation of each list of seeds, (n, seeds) to (n,) twice."""
+    values = np.array(values)
+    return values.mean(1), values.std(1, ddof=values.shape[1] > 1)
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+def line(panel, x, values, label, fmt="-o", **style):
+    """A line with error bars through lists of seeds, (n, seeds)."""
+    mean, sd = mean_and_sd(values)
+    panel.errorbar(x, mean, sd, fmt=fmt, label=label, capsize=3, **style)
+
+
+def new_and_prior(rows, plt, field, xlabel):
+    """Two panels, a line for every family over the values of a field of the arms."""
+    drawn, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    ticks = [*dict.fromkeys(row[field] for row in rows)]
+    for panel, metric, title in zip(panels, ("new", "prior"), ("new skill", "prior skills")):
+        for family in dict.fromkeys(row["family"] for row in rows):
+            values = [row["metrics"][metric] for row in rows if row["family"] == family]
+            line(panel, range(len(ticks)), values, family, "k:o" if family == "base" else "-o")
+        panel.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
+        panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("greedy accuracy")
+    grid_and_legend(panels[1])
+    return drawn
+
+
+def grid_and_legend(panel):
+    """The legend stands beside the axes, where it hides nothing."""
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+
+
+def draw(figure, rows, path):
+    """Write figure(rows, plt) as a PNG, if matplotlib is installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no figure, since matplotlib is missing: pip install matplotlib")
+        return
+    plt.switch_backend("Agg")
+    drawn = figure(rows, plt)
+    save = dict(format="png", dpi=150, bbox_inches="tight")
+    write_whole(path, lambda tmp: drawn.savefig(tmp, **save))
+    plt.close(drawn)
+    print(f"wrote {path}")
+
+
+# --- Results and README --------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -30,24 +203,24 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("run", type=Path, nargs="?", help="--out_dir of a finished experiments.all")
+    run = p.parse_args(argv).run
     try:
-        run = p.parse_args(argv).run
         if run:
             take_over(run)
         text = rewritten(README.read_text(encoding="utf-8"), load(RESULTS))
-        README.write_text(text, encoding="utf-8")
+        write_whole(README, lambda tmp: tmp.write_text(text, encoding="utf-8"))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
 
 
 def take_over(run):
     """Copy the results and figures of a finished run."""
-    finished = [name for name in NAMES if (run / f"{name}.json").exists()]
-    if not finished:
+    results = load(run)
+    if not results:
         command = f"python -m experiments.all --out_dir {run}"
         raise ValueError(f"there are no results in {run}; make them with: {command}")
-    for name in finished:
-        shutil.copy(run / f"{name}.json", RESULTS)
+    for name, result in results.items():
+        write(RESULTS / f"{name}.json", result)
         if (run / f"{name}.png").exists():
             shutil.copy(run / f"{name}.png", FIGURES)
 
@@ -58,10 +231,21 @@ def load(folder):
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
+def write(path, result):
+    """A JSON file with one row a line."""
+    about = json.dumps({k: v for k, v in result.items() if k != "rows"})
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in result["rows"])
+    text = f'{about[:-1]}, "rows": [\n{rows}\n]}}\n'
+    write_whole(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
 def rewritten(text, results):
     """The README with fresh tables in its marked parts: <!-- NAME --> ... <!-- end -->."""
-    parts = {name: experiment_table(results, name) for name in NAMES}
-    for name, lines in ({"claims": claims_table(results)} | parts).items():
+    from experiments.all import REPORTED  # these modules need this one
+
+    parts = {"claims": claims_table({e.name: e for e in REPORTED}, results)}
+    parts |= {e.name: experiment_table(e, results.get(e.name)) for e in REPORTED}
+    for name, lines in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         if text.count(start) != 1:
             raise ValueError(f"README.md has {text.count(start)} parts {start.strip()}, not one")
@@ -70,49 +254,21 @@ def rewritten(text, results):
     return text
 
 
-def experiment_table(results, name):
-    """The experiment's table; of a sweep only what was chosen, and what was not swept."""
-    if name not in results:
+def experiment_table(experiment, result):
+    """The experiment's tables: of a sweep only what was chosen, and what was not swept."""
+    if result is None:
         return [MISSING]
-    rows, module = results[name]["rows"], importlib.import_module(f"experiments.{name}")
-    if name == "forgetting_law":
-        return forgetting_law.table(rows)
-    if hasattr(module, "SWEEP"):
-        best = chosen(rows, *module.SWEEP).values()
-        rows = [row for row in rows if " at " not in row["arm"] or row["arm"] in best]
-    seeds, seconds = len(results[name]["seeds"]), results[name]["seconds"]
-    cost = f"{seeds} seed{'s' * (seeds > 1)}"
-    if hasattr(module, "ONCE"):
-        cost += ", one where there is no ±"
-    if not hasattr(module, "arguments"):  # with flags they run on more than one kind of machine
-        cost += f"; {seconds:,} s in all, in processes of one thread"
-    lines = [*table(rows, module.COLUMNS), ""]
-    if turns := getattr(module, "TURNS", ()):  # what became of it all after a second task
-        two_tasks = [row for row in rows if turns[0] in row["metrics"]]
-        lines += [*table(two_tasks, turns), ""]
+    rows = chosen(result["rows"], experiment.choose_by)
+    if experiment.table:
+        return [*experiment.table(rows)]
+    lines = [*table(rows, experiment.columns), ""]
+    if then := experiment.then_columns:
+        lines += [*table([row for row in rows if then[0] in row["metrics"]], then), ""]
+    seeds = len(result["seeds"])
+    cost = f"{seeds} seed{'s' * (seeds > 1)}" + ", one where there is no ±" * bool(experiment.once)
+    if not experiment.arguments:  # with flags they run on more than one kind of machine
+        cost += f"; {result['seconds']:,} s in all, in processes of one thread"
     return [*lines, cost + "."]
-
-
-# --- The paper's claims beside what was measured -------------------------------------------------
-
-
-def claims_table(results):
-    """Lines of Markdown: every experiment's claims, with its verdicts."""
-    yield "| claim | the paper | here | verdict | seeds |"
-    yield "|---|---|---|---|---:|"
-    for name in CLAIMING:
-        module = importlib.import_module(f"experiments.{name}")
-        if name not in results:
-            yield f"| [{name}](#{name}) | | {MISSING} | | |"
-            continue
-        if not hasattr(module, "claims"):
-            continue
-        rows, seeds = results[name]["rows"], len(results[name].get("seeds", []))
-        best = chosen(rows, *module.SWEEP) if hasattr(module, "SWEEP") else {}
-        metrics = {row["arm"]: row.get("metrics", row) for row in rows}
-        at = lambda arm, metric: np.array(metrics[best.get(arm, arm)][metric])
-        for claim, paper, here, verdict in module.claims(at):
-            yield f"| {claim} | {paper} | {here} | {verdict} | {seeds or ''} |"
 
 
 if __name__ == "__main__":

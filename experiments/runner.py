@@ -1,295 +1,170 @@
-"""Runs an experiment: every arm on every seed, in parallel, keeping what is finished.
+"""Runs experiments: every arm on every seed, in parallel, keeping what is finished.
 
-An experiment is a module of this package with
+A file makes an `Experiment` of each of its questions and ends with
 
-    ARMS      {label: settings}
-    measure   measure(seed, **settings) -> {metric: number}, one arm on one seed
-    COLUMNS   the metrics of its table (its JSON has them all)
-    WORLDS    the bases that it needs, as arguments of `common.base`
-    figure    optional: figure(rows, plt) -> a matplotlib figure
-    arguments optional: arguments(parser) adds flags, which measure finds in `common.options`
-    inputs    optional: inputs(args) -> what its results follow from, beside code and settings
-    ONCE      optional: labels of arms that cost much: last, on seed 0 only, not with --quick
-    QUICK     optional: labels of the arms that --quick runs
+    if __name__ == "__main__":
+        runner.main(__doc__, KNOWLEDGE, CONTEXT)
+
+`python -m experiments.knowledge --seeds 5` then runs both, with `context` behind it only that one.
+In --out_dir, NAME.jsonl has a line for every finished arm and seed, NAME.json the results, an arm a
+line and each metric with its values of all seeds, and NAME.png the figure.
 """
 
 import argparse
-import contextlib
-import importlib
+import functools
 import inspect
+import itertools
 import json
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import model
-import sdft
-import train_toy
-from data import toy
-from experiments import common
+from data import files
+from experiments import common, report
+from experiments.processes import in_processes
+
+# What every arm's numbers follow from, beside its own file.
+CORE = [*common.MADE_BY, common.ROOT / "sdft.py", Path(common.__file__)]
 
 
-def main(name, argv=None):
-    """The command line of the experiment of that name."""
-    with errors_as_sentences():
-        experiment(name, argv)
+@dataclass
+class Experiment:
+    """One question: what is measured, and how it is shown.
+
+    An arm is a row with fields: "arm" is its name, "rate" its learning rate if several are tried,
+    "family" its method, and all others are arguments of `measure`. The results have every field but
+    "settings", which may hold functions.
+    """
+
+    name: str  # of its results, and of its part of the README
+    arms: list  # of dicts
+    measure: Callable  # measure(seed, **fields) -> {metric: number}, one arm on one seed
+    columns: list  # the metrics of its table; the results have them all
+    bases: tuple = (dict(world="skills"),)  # that it needs, as arguments of common.base
+    choose_by: tuple = ()  # the metrics (new, prior) by which an arm's rate is chosen
+    derive: Callable = None  # derive({arm: metrics}) adds to them what its claims compare
+    figure: Callable = None  # figure(rows, plt) -> a matplotlib figure, of the results' rows
+    arguments: Callable = None  # arguments(parser) adds flags, which measure finds in `options`
+    files: list = ()  # paths of other code and data that its numbers follow from
+    once: tuple = ()  # names of costly arms: last, on seed 0 alone, not with --quick
+    quick: tuple = ()  # names of the arms that --quick runs, if not all
+    then_columns: tuple = ()  # of a second table, with the arms that have these metrics
+    table: Callable = None  # table(rows) -> lines of Markdown, in place of the usual one
 
 
-@contextlib.contextmanager
-def errors_as_sentences():
-    """What a user can mend ends with one sentence, an interruption with how to go on."""
+def main(doc, *experiments, argv=None):
+    """The command line of a file's experiments: results, table and figure of each."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends like Ctrl-C
     try:
-        yield
+        args = parse_args(doc, experiments, argv)
+        for experiment in [e for e in experiments if e.name in args.names]:
+            rows = run(experiment, args)
+            print("\n" + "\n".join(report.table(rows, experiment.columns)) + "\n")
+            if experiment.figure:
+                report.draw(experiment.figure, rows, args.out_dir / f"{experiment.name}.png")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on after the last finished arm")
-    except (
-        torch.cuda.OutOfMemoryError,
-        BrokenProcessPool,
-    ):  # the latter if the system ended a process
+    except (torch.cuda.OutOfMemoryError, BrokenProcessPool):  # a GPU's memory, or the machine's
         sys.exit("error: the memory is full; the same command goes on with fewer --jobs")
     except (OSError, ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
 
 
-def experiment(name, argv=None):
-    """The experiment of that name: table, JSON and figure."""
-    module = importlib.import_module(f"experiments.{name}")
-    args = parse_args(module.__doc__, argv, getattr(module, "arguments", None))
-    rows = run(name, module, args)
-    print("\n" + "\n".join(table(rows, module.COLUMNS)))
-    if hasattr(module, "figure"):
-        draw(module.figure, rows, args.out_dir / f"{name}.png")
-
-
-def parse_args(doc, argv=None, more=None):
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
-    p.add_argument(
-        "--seeds", type=int, default=1, help="run seeds 0, 1, ... (README.md: 5; real_model 3)"
+def parse_args(doc, experiments, argv):
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes that share the cores"
-    )
-    out_dir = Path("out/experiments")
-    p.add_argument("--out_dir", type=Path, default=out_dir, help="for bases, logs and results")
+    names = [e.name for e in experiments]
+    p.add_argument("names", nargs="*", default=names, help="only these: " + ", ".join(names))
+    p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ... (default: 1)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at the same time")
+    p.add_argument("--out_dir", type=Path, default="out/experiments", help="for all that it writes")
     p.add_argument("--quick", action="store_true", help="few updates, to see that it runs")
     p.set_defaults(threads=1)  # so that results do not depend on the number of cores
-    if more:
-        more(p)
+    for add_flags in {e.arguments for e in experiments if e.arguments}:
+        add_flags(p)
     args = p.parse_args(argv)
+    if not set(args.names) <= set(names):
+        p.error(f"the names must be among {', '.join(names)}")
     if args.seeds < 1 or args.jobs < 1:
         p.error("--seeds and --jobs must be at least 1")
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise OSError(
-            f"cannot write to --out_dir {args.out_dir} ({e.strerror}); name another folder"
-        ) from None
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
 
 
-def run(name, module, args):
-    """The experiment's rows, also in NAME.json.
-
-    A line of NAME.jsonl is a finished arm, which is not run again unless its settings or the code
-    behind it have changed.
-    """
-    log, seeds = args.out_dir / f"{name}.jsonl", range(args.seeds)
-    inputs = module.inputs(args) if hasattr(module, "inputs") else ""
-    code = fingerprint(module, args.quick, inputs)
-    once = getattr(module, "ONCE", ())
-    arms = [arm for arm in module.ARMS if not (args.quick and arm in once)]
-    if args.quick:
-        arms = getattr(module, "QUICK", arms)
-    seeds_of = {arm: seeds[:1] if arm in once else seeds for arm in arms}
-    finished = {(r["arm"], r["seed"]): r for r in read(log) if r["code"] == code.get(r["arm"])}
-    todo = [(seed, arm) for seed in seeds for arm in arms if seed in seeds_of[arm]]
-    todo = [(seed, arm) for seed, arm in todo if (arm, seed) not in finished]
-    todo.sort(key=lambda pair: pair[1] in once)
-    print(f"{name}: {len(arms)} arms on {args.seeds} seeds, {len(todo)} to run", flush=True)
-    make_bases(sorted({seed for seed, _ in todo}), module.WORLDS, args)
-    start = time.perf_counter()
-    tasks = [(name, seed, arm) for seed, arm in todo]
-    for i, row in enumerate(in_processes(run_arm, tasks, args), 1):
-        row["code"] = code[row["arm"]]
-        finished[row["arm"], row["seed"]] = row
+def run(experiment, args):
+    """The experiment's rows, also in NAME.json. What its log has already is not run again."""
+    planned, log = plan(experiment, args), args.out_dir / f"{experiment.name}.jsonl"
+    rows, _ = files.read(log) if log.exists() else ([], 0)
+    finished = {(row.get("key"), row.get("seed")): row for row in rows}
+    todo = [(arm, key, seed) for arm, key, seed in planned if (key, seed) not in finished]
+    print(f"{experiment.name}: {len(planned)} runs, {len(todo)} to do", flush=True)
+    # The bases first, so that no two processes make the same one.
+    seeds = sorted({seed for _, _, seed in todo})
+    set_up = functools.partial(prepare, args)
+    bases = [(make_base, seed, base) for base in experiment.bases for seed in seeds]
+    in_parallel = functools.partial(in_processes, jobs=args.jobs, set_up=set_up)
+    for _ in in_parallel(bases):
+        pass
+    start, tasks = time.perf_counter(), [(run_arm, experiment.measure, *run) for run in todo]
+    for n, row in enumerate(in_parallel(tasks), 1):
+        finished[row["key"], row["seed"]] = row
         with open(log, "a", encoding="utf-8") as f:
             # The newline comes first: a line that was cut short must not take this one with it.
             f.write("\n" + json.dumps(row))
-        left = (time.perf_counter() - start) / i * (len(todo) - i)
-        print_progress(f"{i:4}/{len(todo)}", row, module.COLUMNS, left)
-
-    rows, total = [], 0
-    for arm in arms:
-        per_seed = [finished[arm, seed] for seed in seeds_of[arm]]
-        # A metric may be of some seeds only.
-        metrics = {
-            metric: [row["metrics"][metric] for row in per_seed if metric in row["metrics"]]
-            for metric in per_seed[0]["metrics"]
-        }
-        rows.append({"arm": arm, "metrics": metrics})
-        total += sum(row["seconds"] for row in per_seed)
-    result = {"experiment": name, "seeds": [*seeds], "rows": rows, "seconds": round(total)}
-    text = json.dumps(result, indent=1) + "\n"
-    common.write_whole(args.out_dir / f"{name}.json", lambda tmp: tmp.write_text(text))
-    return rows
+        found = [f"{c} {row['metrics'][c]:.2f}" for c in experiment.columns if c in row["metrics"]]
+        left = (time.perf_counter() - start) / n * (len(todo) - n)
+        about = f"{n:4}/{len(todo)}  seed {row['seed']}  {row['arm']:28} {'  '.join(found[:3])}"
+        print(f"{about}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
+    table = {}
+    for arm, key, seed in planned:
+        row = table.setdefault(key, {k: v for k, v in arm.items() if k != "settings"})
+        for name, value in finished[key, seed]["metrics"].items():
+            row.setdefault("metrics", {}).setdefault(name, []).append(value)
+    seconds = sum(finished[key, seed]["seconds"] for _, key, seed in planned)
+    result = dict(experiment=experiment.name, seeds=[*range(args.seeds)], seconds=round(seconds))
+    report.write(args.out_dir / f"{experiment.name}.json", result | {"rows": [*table.values()]})
+    return [*table.values()]
 
 
-def print_progress(count, row, columns, left):
-    metrics = [f"{c} {row['metrics'][c]:.2f}" for c in columns[:3] if c in row["metrics"]]
-    print(
-        f"{count}  seed {row['seed']}  {row['arm']:26} {'  '.join(metrics)}  "
-        f"{row['seconds']:.0f} s  ({left:.0f} s left)",
-        flush=True,
-    )
+def plan(experiment, args):
+    """What is to be run: (arm, key, seed). The key changes with settings, flags, code and data."""
+    arms, once = experiment.arms, experiment.once
+    if args.quick:
+        wanted = experiment.quick or {arm["arm"] for arm in arms} - set(once)
+        arms = [arm for arm in arms if arm["arm"] in wanted]
+    flags = {k: v for k, v in vars(args).items() if k not in ("names", "seeds", "jobs", "out_dir")}
+    own_file = Path(inspect.getsourcefile(experiment.measure))
+    code = common.code_of([*CORE, own_file, *experiment.files])
+    planned = []
+    for seed, arm in itertools.product(range(args.seeds), arms):
+        text = json.dumps([code, flags, arm], default=lambda function: function.__qualname__)
+        if seed == 0 or arm["arm"] not in once:
+            planned.append((arm, zlib.crc32(text.encode()), seed))
+    return sorted(planned, key=lambda run: run[0]["arm"] in once)
 
 
-def fingerprint(module, quick, inputs=""):
-    """{arm: a number}, which changes with its settings, the code behind it and its inputs."""
-    # An experiment may use another one's functions, as context.py does, or data/scoring.py's.
-    names = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
-    names = {n for n in names if n.startswith(("experiments.", "data."))}
-    names -= {module.__name__, "experiments.settings"}  # the settings are in the arms
-    parts = [module, *(sys.modules[n] for n in sorted(names)), common, train_toy, sdft, model, toy]
-    code = common.fingerprint(*map(inspect.getsource, parts))
-    numbers = {}
-    for arm, settings in module.ARMS.items():
-        text = json.dumps(settings, default=lambda function: function.__qualname__)
-        numbers[arm] = zlib.crc32(f"{code} {quick}{inputs} {text}".encode())
-    return numbers
-
-
-def read(log):
-    """The finished arms. One whose line is damaged, e.g. cut short, runs again."""
-    rows = []
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            numbers = [row["seed"], row["code"], row["seconds"], *row["metrics"].values()]
-            if row["metrics"] and isinstance(row["arm"], str) and np.isfinite(numbers).all():
-                rows.append(row)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass
-    return rows
-
-
-# --- Processes -----------------------------------------------------------------------------------
-
-
-def set_up(args, worker=True):
-    """In every process: the options and the number of threads."""
+def prepare(args):
+    """In every process: the options, and the number of threads."""
     vars(common.options).update(vars(args))
-    shared_out = max(1, os.cpu_count() // args.jobs)
-    torch.set_num_threads(args.threads or shared_out)
-    if worker:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(args.threads or max(1, os.cpu_count() // args.jobs))
 
 
-def end_with_parent():
-    """Whatever kills the parent, no worker is left behind."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def make_base(seed, base):
+    common.base(seed, **base)
 
 
-def in_processes(task, arguments, args):
-    """Results of task(*arguments) as they finish."""
-    if args.jobs == 1 or len(arguments) < 2:
-        set_up(args, worker=False)
-        yield from (task(*a) for a in arguments)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.jobs, context, initializer=set_up, initargs=(args,))
-    try:
-        for future in as_completed([pool.submit(task, *a) for a in arguments]):
-            yield future.result()
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def make_bases(seeds, worlds, args):
-    """Before the arms, so that no two processes make the same one."""
-    for _ in in_processes(make_base, [(s, *world) for world in worlds for s in seeds], args):
-        pass
-
-
-def make_base(seed, *world):
-    common.base(seed, *world)
-
-
-def run_arm(name, seed, arm):
-    module, start = importlib.import_module(f"experiments.{name}"), time.perf_counter()
-    metrics = module.measure(seed, **module.ARMS[arm])
-    metrics = {metric: round(float(value), 5) for metric, value in metrics.items()}
+def run_arm(measure, arm, key, seed):
+    start = time.perf_counter()
+    fields = {k: v for k, v in arm.items() if k not in ("arm", "rate", "family")}
+    metrics = {k: round(float(v), 5) for k, v in measure(seed, **fields).items()}
     seconds = round(time.perf_counter() - start, 1)
-    return {"arm": arm, "seed": seed, "metrics": metrics, "seconds": seconds}
-
-
-# --- Table and figure ----------------------------------------------------------------------------
-
-
-def table(rows, columns):
-    """Lines of Markdown: mean ± standard deviation over the seeds."""
-    yield "| arm | " + " | ".join(columns) + " |"
-    yield "|---" + "|---:" * len(columns) + "|"
-    for row in rows:
-        cells = [mean_and_spread(row["metrics"].get(c)) for c in columns]
-        yield f"| {row['arm']} | " + " | ".join(cells) + " |"
-
-
-def mean_and_spread(values):
-    """The text "0.94 ± 0.04"; one seed has no spread. Large numbers get fewer digits."""
-    if values is None or len(values) == 0:
-        return ""
-    mean, sd = mean_and_sd([values])
-    largest = np.max(np.abs(values))
-    if largest >= 1000:
-        return f"{mean[0]:,.0f}"
-    digits = 0 if largest >= 100 else 2
-    spread = f" ± {sd[0]:.{digits}f}" if len(values) > 1 else ""
-    return f"{mean[0]:.{digits}f}{spread}"
-
-
-def mean_and_sd(values):
-    """Mean and standard deviation of each list of seeds, (n, seeds) to (n,) twice."""
-    values = np.array(values)
-    return values.mean(1), values.std(1, ddof=values.shape[1] > 1)
-
-
-def grid_and_legend(panel):
-    """The legend stands beside the axes, where it hides nothing."""
-    panel.grid(alpha=0.3)
-    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
-
-
-def draw(figure, rows, path):
-    """Write figure(rows, plt) as a PNG, if matplotlib is installed."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figure, since matplotlib is missing: pip install matplotlib")
-        return
-    plt.switch_backend("Agg")
-    drawn = figure(rows, plt)
-    save = dict(format="png", dpi=150, bbox_inches="tight")
-    common.write_whole(path, lambda tmp: drawn.savefig(tmp, **save))
-    plt.close(drawn)
-    print(f"wrote {path}")
+    return dict(arm=report.label(arm), key=key, seed=seed, seconds=seconds, metrics=metrics)

@@ -10,50 +10,45 @@ Each method has two rates, the better by validation. "teacher" is the base's acc
 demonstration: the paper's reason can be tested only if it differs between the sizes.
 """
 
-from experiments import runner, verdicts
-from experiments.common import base, skill, skill_metrics, train_on_skill, validation
+import numpy as np
+
+from experiments import runner
+from experiments.common import base, skill, skill_metrics, train_on_skill
 from experiments.settings import HIGH, LOW, grid
-from train_toy import evaluate, sdft_step, sft_step
-
-SIZES = {"1 x 128": (1, 128), "2 x 32": (2, 32), "2 x 64": (2, 64), "2 x 128": (2, 128)}
-FAMILIES = {"sft": dict(step=sft_step, rates=HIGH[1:]), "sdft": dict(step=sdft_step, rates=LOW)}
-ARMS = {f"{size}, base": dict(size=size) for size in SIZES}
-ARMS |= {
-    f"{size}, {arm}": dict(size=size, settings=settings)
-    for size in SIZES
-    for arm, settings in grid(FAMILIES).items()
-}
-COLUMNS = ["new", "prior", "sampled", "teacher", "weights"]
-WORLDS = [("skills", *SIZES[size]) for size in reversed(SIZES)]
-SWEEP = ("val new", "val prior")
+from train_toy import evaluate
 
 
-def measure(seed, size, settings=None):
-    start, test = base(seed, "skills", *SIZES[size]), {"X": skill("X", "test", seed)}
-    student = train_on_skill(start, seed, settings)
-    metrics = skill_metrics(student, start, seed) | validation(student, seed)
+def measure(seed, n_layer, n_embd, settings=None):
+    start = base(seed, n_layer=n_layer, n_embd=n_embd)
+    student, _ = train_on_skill(start, seed, settings)
+    metrics = skill_metrics(student, start, seed)
     metrics["weights"] = sum(p.numel() for p in start.parameters())
+    test = {"X": skill("X", "test", seed)}
     metrics["teacher"] = evaluate(start, test, "teacher_prompts")[0]["X"]
     return metrics
 
 
-def claims(at):
-    gap = {size: at(f"{size}, sdft", "new") - at(f"{size}, sft", "new") for size in SIZES}
-    shown = ", ".join(f"{size} {runner.mean_and_spread(values)}" for size, values in gap.items())
-    yield (
-        "SDFT gains on SFT with size (SDFT minus SFT, layers x width)",
-        "3B −3.3, 7B +4.0, 14B +6.9 points",
-        shown,
-        verdicts.more(gap["2 x 128"], gap["2 x 32"]),
-    )
-    worst = min(at(f"{size}, base", "teacher").mean() for size in SIZES)
-    yield (
-        "... since small models read demonstrations badly (the teacher's accuracy at every size)",
-        "the paper's reason",
-        f"at least {worst:.2f}",
-        verdicts.CANNOT + ": every size reads them",
-    )
+def derive(metrics):
+    for size in SIZES:
+        sdft, sft = (np.array(metrics[f"{size}, {arm}"]["new"]) for arm in ("sdft", "sft"))
+        metrics[f"{size}, gap"] = {"new": sdft - sft}
+    worst = min(np.mean(metrics[f"{size}, base"]["teacher"]) for size in SIZES)
+    metrics["worst of all sizes"] = {"teacher": [worst]}
 
+
+SIZES = {f"{d} x {w}": dict(n_layer=d, n_embd=w) for d, w in ((1, 128), (2, 32), (2, 64), (2, 128))}
+ARMS = [dict(arm=f"{size}, base", **fields) for size, fields in SIZES.items()]
+RATES_OF = {"sft": HIGH[1:], "sdft": LOW}
+ARMS += [a for s, fields in SIZES.items() for a in grid(RATES_OF, condition=f"{s}, ", **fields)]
+SCALING = runner.Experiment(
+    name="scaling",
+    arms=ARMS,
+    measure=measure,
+    columns=["new", "prior", "sampled", "teacher", "weights"],
+    derive=derive,
+    bases=[*reversed(SIZES.values())],
+    choose_by=("val new", "val prior"),
+)
 
 if __name__ == "__main__":
-    runner.main("scaling")
+    runner.main(__doc__, SCALING)

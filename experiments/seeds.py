@@ -10,12 +10,14 @@ the base, 1 the best of both methods after the skill's own stage.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from experiments import runner
+from experiments import report
+from experiments.report import mean_and_spread
 
 STAGES = ["base", "X", "Y", "Z"]
 COLUMNS = ["X", "Y", "Z", "prior"]
@@ -30,9 +32,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     try:
         runs = read(args.runs)
-        print(table(runs))
+        print("\n".join(table(runs)))
         if args.figure:
-            runner.draw(lambda runs, plt: figure(runs, plt), runs, args.figure)
+            report.draw(figure, runs, args.figure)
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
 
@@ -63,26 +65,27 @@ def accuracies(runs, arm):
 
 def table(runs):
     """Lines of Markdown."""
-    by_arm = {arm: accuracies(runs, arm) for arm in ("sft", "sdft")}
-    own = {arm: np.stack([a[:, i + 1, i] for i in range(3)], 1) for arm, a in by_arm.items()}
-    base, best = by_arm["sft"][:, 0, :3], np.maximum(own["sft"], own["sdft"])  # (runs, 3)
-    gain = np.where(best > base, best - base, np.nan)  # undefined if nothing was learned
-    lines = ["| | " + " | ".join(["base", "SFT", "SDFT", "worst SFT", "worst SDFT"]) + " |"]
-    lines.append("|---" + "|---:" * 5 + "|")
-    for i, c in enumerate(COLUMNS):
-        rows = {f"{c} at the end": [by_arm[arm][:, -1, i] for arm in by_arm]}
-        if c != "prior":
-            rows = {f"{c}, own": [own[arm][:, i] for arm in own]} | rows
-            rows[f"{c} kept"] = [
-                (by_arm[arm][:, -1, i] - base[:, i]) / gain[:, i] for arm in by_arm
-            ]
-        for name, values in rows.items():
-            of_base = "" if "kept" in name else runner.mean_and_spread(by_arm["sft"][:, 0, i])
-            cells = [of_base, *map(runner.mean_and_spread, values)]
-            cells += [f"{v.min():.2f}" for v in values]
-            cells = [cell.replace("nan ± nan", "–").replace("nan", "–") for cell in cells]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    sft, sdft = accuracies(runs, "sft"), accuracies(runs, "sdft")  # (runs, stages, COLUMNS)
+    base = sft[:, 0]  # (runs, COLUMNS)
+    yield "| | base | SFT | SDFT | worst SFT | worst SDFT |"
+    yield "|---" + "|---:" * 5 + "|"
+    for i, c in enumerate(COLUMNS[:3]):
+        own = [arm[:, i + 1, i] for arm in (sft, sdft)]
+        end = [arm[:, -1, i] for arm in (sft, sdft)]
+        best = np.maximum(*own)
+        # Undefined if nothing was learned.
+        gain = np.where(best > base[:, i], best - base[:, i], np.nan)
+        yield row(f"{c}, own", own, base[:, i])
+        yield row(f"{c} at the end", end, base[:, i])
+        yield row(f"{c} kept", [(values - base[:, i]) / gain for values in end])
+    yield row("prior at the end", [arm[:, -1, 3] for arm in (sft, sdft)], base[:, 3])
+
+
+def row(name, values, base=()):
+    cells = [mean_and_spread(base), *map(mean_and_spread, values)]
+    cells += [f"{v.min():.2f}" for v in values]
+    cells = [re.sub("nan( ± nan)?", "–", cell) for cell in cells]
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def figure(runs, plt):
@@ -90,13 +93,11 @@ def figure(runs, plt):
     drawn, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     colours = ("tab:blue", "tab:orange", "tab:green", "black")
     for panel, arm in zip(panels, ("sft", "sdft")):
-        mean, sd = accuracies(runs, arm).mean(0), accuracies(runs, arm).std(0, ddof=1)
-        for i, (c, colour) in enumerate(zip(COLUMNS, colours)):
-            style = dict(fmt="--o" if c == "prior" else "-o", color=colour, capsize=3)
-            label = "prior skills" if c == "prior" else f"skill {c}"
-            panel.errorbar(range(4), mean[:, i], sd[:, i], label=label, **style)
+        for values, c, colour in zip(accuracies(runs, arm).T, COLUMNS, colours):  # (stages, runs)
+            name, fmt = ("prior skills", "--o") if c == "prior" else (f"skill {c}", "-o")
+            report.line(panel, range(4), values, name, fmt, color=colour)
         panel.set_xticks(range(4), ["base", "after X", "after Y", "after Z"])
-        panel.set(title={"sft": "SFT", "sdft": "SDFT"}[arm], ylim=(-0.03, 1.05))
+        panel.set(title=arm.upper(), ylim=(-0.03, 1.05))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("greedy accuracy, unseen inputs")
     panels[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))

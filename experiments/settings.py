@@ -3,51 +3,49 @@
 All get 160 updates of 32 prompts, at every rate of RATES. What a method gets in the experiments on
 skill X was chosen by `chosen` from the sweep of experiments/pareto.py, for other worlds and other
 demonstrations from sweeps of their own, always on validation inputs. A test holds the constants to
-the committed sweeps.
+the committed sweep.
 """
 
 import numpy as np
 
-from train_toy import sdft_step, sft_step
+from train_toy import sdft, sft
 
-STEPS = 160
 RATES = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3)
 LOW, MIDDLE, HIGH = RATES[1:3], RATES[1:4], RATES[2:]  # where a method's best is known to lie
-SFT = dict(step=sft_step, style="expert", lr=2e-3, steps=STEPS)
-SFT_OWN = dict(step=sft_step, style="own", lr=6e-5, steps=STEPS)
-SDFT = dict(step=sdft_step, lr=6e-5, steps=STEPS)
-SDFT_FORWARD = dict(step=sdft_step, divergence="forward", lr=6e-5, steps=STEPS)
-SDFT_JSD = dict(step=sdft_step, divergence="jsd", lr=6e-5, steps=STEPS)
+# "style" is that of the demonstrations. SFT has no use for a teacher: alpha 0 leaves it alone.
+SFT = dict(method=sft, style="expert", alpha=0.0, lr=2e-3, steps=160)
+SFT_OWN = SFT | dict(style="own", lr=6e-5)
+SDFT = dict(method=sdft, style="expert", lr=6e-5, steps=160)
+SDFT_FORWARD = SDFT | dict(divergence="forward")
+SDFT_JSD = SDFT | dict(divergence="jsd")
+METHODS = {"sft": SFT, "sft, own style": SFT_OWN, "sdft": SDFT}
+METHODS |= {"sdft, forward KL": SDFT_FORWARD, "sdft, JSD": SDFT_JSD}
 
 
-def grid(families):
-    """Every family of arms at every rate: {"sft at 0.001": settings}.
+def grid(rates, methods=METHODS, condition="", **fields):
+    """Arms: every method of {method: its rates} at every rate, under a condition with fields."""
+    return [
+        dict(arm=condition + family, family=family, rate=lr, **fields)
+        | dict(settings=methods[family] | dict(lr=lr))
+        for family, several in rates.items()
+        for lr in several
+    ]
 
-    A family's own "rates" are among its settings, otherwise it gets all of RATES.
+
+def chosen(rows, choose_by):
+    """Of every arm in a sweep's rows the one with the best rate.
+
+    Of the rates within 0.02 of the highest mean of the first metric, mostly "val new", the one with
+    the highest mean of the second, mostly "val prior".
     """
-    return {
-        f"{name} at {lr:g}": dict(steps=STEPS)
-        | {k: v for k, v in family.items() if k != "rates"}
-        | dict(lr=lr)
-        for name, family in families.items()
-        for lr in family.get("rates", RATES)
-    }
-
-
-def chosen(rows, new="val new", prior="val prior"):
-    """The best arm of every family in a sweep's rows, {"sft": "sft at 0.001"}.
-
-    Of the arms within 0.02 of the family's highest mean of the metric `new`, the one with the
-    highest mean of the metric `prior`.
-    """
-    families = {}
-    for row in rows:
-        if " at " in row["arm"]:
-            means = [np.mean(row["metrics"][name]) for name in (new, prior)]
-            families.setdefault(row["arm"].split(" at ")[0], {})[row["arm"]] = means
-    best = {}
-    for family, arms in families.items():
-        highest = max(new_mean for new_mean, _ in arms.values())
-        candidates = [arm for arm in arms if arms[arm][0] >= highest - 0.02]
-        best[family] = max(candidates, key=lambda arm: arms[arm][1])
+    mean = lambda row, metric: np.mean(row["metrics"][metric])
+    best = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        if len(of_arm) > 1:
+            new, prior = choose_by
+            highest = max(mean(row, new) for row in of_arm)
+            close = [row for row in of_arm if mean(row, new) >= highest - 0.02]
+            of_arm = [max(close, key=lambda row: mean(row, prior))]
+        best += of_arm
     return best

@@ -1,57 +1,77 @@
-"""Is the demonstration-conditioned teacher good, and close to the base?
+"""The teacher: is it good, is it close to the base, and which weights should it have?
 
 The paper (ToolAlpaca): the base is right 42%, the teacher 100%; KL to the base: SFT 1.26 nats,
-teacher 0.68.
+teacher 0.68. As its weights (tool use) a moving average of the student's (EMA) reaches about 70,
+the start's (frozen) about 65, and with the student's own (live) training diverges.
 
     python -m experiments.teacher --seeds 5
 
-"accuracy" on skill X is greedy, "KL" is KL(model ‖ base) on the prompts of skill X (which the
-base reads without a demonstration), in nats per response.
+teacher          skill X; KL(model ‖ base) on its prompts, in nats per response
+teacher_weights  α is the student's share in the teacher at every update: 0 frozen, 1 live. At
+                 SDFT's rate, at the sweep's highest ("fast"), and with 30% of the demonstrations
+                 wrong ("noisy"), so that a moving teacher could gain. "teacher" is the final
+                 teacher's accuracy, "teacher, noisy" that with the training's demonstrations,
+                 "collapsed" the share of seeds that end below half of the base's accuracy on X
 """
 
-from experiments import runner, verdicts
-from experiments.common import base, kl, skill, train_on_skill
-from experiments.settings import SDFT, SDFT_FORWARD, SFT, SFT_OWN
+from experiments import runner
+from experiments.common import base, kl, skill, skill_metrics, train, train_on_skill
+from experiments.settings import METHODS, RATES, SDFT
+from experiments.worlds import spoil
 from train_toy import evaluate
 
-ARMS = {
-    "base": {},
-    "teacher": dict(read="teacher_prompts"),
-    "sft": dict(settings=SFT),
-    "sft, own style": dict(settings=SFT_OWN),
-    "sdft": dict(settings=SDFT),
-    "sdft, forward KL": dict(settings=SDFT_FORWARD),
-}
-COLUMNS = ["accuracy", "KL"]
-WORLDS = [("skills",)]
 
-
-def measure(seed, settings=None, read="prompts"):
+def measure(seed, settings=None, reads="prompts"):
     start, test = base(seed), skill("X", "test", seed)
-    model = train_on_skill(start, seed, settings)
-    accuracy = evaluate(model, {"X": test}, read)[0]["X"]
-    return {
-        "accuracy": accuracy,
-        "KL": kl(model, start, test["prompts"], test["answers"], test[read]),
-    }
+    model, _ = train_on_skill(start, seed, settings)
+    accuracy = evaluate(model, {"X": test}, reads)[0]["X"]
+    return {"accuracy": accuracy, "KL": kl(model, start, test, reads)}
 
 
-def claims(at):
-    base, teacher = (at(arm, "accuracy") for arm in ("base", "teacher"))
-    yield (
-        "the teacher is good (accuracy above .95)",
-        "base 42%, teacher 100%",
-        f"base {runner.mean_and_spread(base)}, teacher {runner.mean_and_spread(teacher)}",
-        verdicts.more(teacher, 0 * teacher + 0.95),
-    )
-    of = {name: at(name.lower(), "KL") for name in ("SFT", "teacher", "SDFT")}
-    yield (
-        "the teacher is closer to the base than SFT is (KL, nats per response)",
-        "SFT 1.26, teacher 0.68",
-        ", ".join(f"{name} {runner.mean_and_spread(values)}" for name, values in of.items()),
-        verdicts.more(of["SFT"], of["teacher"]),
-    )
+NAMES = ("sft", "sft, own style", "sdft", "sdft, forward KL")
+TEACHER = runner.Experiment(
+    name="teacher",
+    arms=[dict(arm="base"), dict(arm="teacher", reads="teacher_prompts")]
+    + [dict(arm=name, settings=METHODS[name]) for name in NAMES],
+    measure=measure,
+    columns=["accuracy", "KL"],
+)
 
+
+def measure_weights(seed, alpha, lr, share):
+    start, test = base(seed), {"X": skill("X", "test", seed)}
+    data = spoil(skill("X", "train", seed), "wrong", share, seed)
+    student, teacher = train(start, data, seed, **SDFT | dict(alpha=alpha, lr=lr))
+    metrics = skill_metrics(student, start, seed)
+    metrics["teacher"] = evaluate(teacher, test, "teacher_prompts")[0]["X"]
+    metrics["teacher, noisy"] = evaluate(teacher, {"X": data}, "teacher_prompts")[0]["X"]
+    metrics["collapsed"] = metrics["new"] < 0.5 * evaluate(start, test)[0]["X"]
+    return metrics
+
+
+def derive(metrics):
+    for of_arm in metrics.values():
+        collapsed = of_arm["collapsed"]
+        of_arm["seeds"] = f"{sum(collapsed):.0f} of {len(collapsed)}"
+
+
+CONDITIONS = {
+    "": dict(lr=SDFT["lr"], share=0.0),
+    "fast, ": dict(lr=RATES[-1], share=0.0),
+    "noisy, ": dict(lr=2e-4, share=0.3),
+}
+ALPHAS = {"frozen": 0.0, "α .02": 0.02, "α .2": 0.2, "live": 1.0}
+TEACHER_WEIGHTS = runner.Experiment(
+    name="teacher_weights",
+    arms=[
+        dict(arm=condition + name, alpha=alpha, **fields)
+        for condition, fields in CONDITIONS.items()
+        for name, alpha in ALPHAS.items()
+    ],
+    measure=measure_weights,
+    columns=["new", "prior", "sampled", "teacher", "teacher, noisy", "collapsed"],
+    derive=derive,
+)
 
 if __name__ == "__main__":
-    runner.main("teacher")
+    runner.main(__doc__, TEACHER, TEACHER_WEIGHTS)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 
 import pytest
 import torch
@@ -110,6 +109,9 @@ def test_perplexity_is_exp_of_nats_per_token():
     probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
     nats = -sum(map(math.log, probs)) / 8
     assert scores(model, prior=prior)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
+    with torch.no_grad():
+        model.log_probs[EOS, ord("a")] = -1e4  # e^10000 is no float
+    assert scores(model, prior=prior[:1])["prior_ppl"] == math.exp(700)
 
 
 def test_a_text_may_fill_the_block_exactly():
@@ -139,12 +141,20 @@ def write_results(folder, **changes):
 
 
 def test_report_shows_runs_beside_their_base(tmp_path):
-    """Two runs from one base share its row."""
+    """Two runs from one base share its row; what a run has not measured is a dash."""
     a, b = write_results(tmp_path / "a"), write_results(tmp_path / "b")
-    c = write_results(tmp_path / "c", base={"exact": 0.5})
-    out = evaluate.report([a, b, c])
-    assert out.count("| base of") == 2 and out.count("sft, 4 steps, lr 0.001 | 0.75 |") == 3
-    assert "| 0.25 | - | - |" in out and "| 3.00 |" in out
+    c = write_results(tmp_path / "c", base={"exact": 0.5, "old A": 0.9})
+    head, _, *rows = evaluate.report([a, b, c]).splitlines()
+    assert head.startswith("| | new exact | lenient | OOD |") and head.endswith(
+        "| length | old A |"
+    )
+    label = "sft, 4 steps, lr 0.001 | 0.75 | - | - | 3.00 | - | - | - | - |"
+    assert rows == [
+        f"| base of {a} | 0.25 | - | - | - | - | - | - | - |",
+        *(f"| {folder}: {label}" for folder in (a, b)),
+        f"| base of {c} | 0.50 | - | - | - | - | - | - | 0.90 |",
+        f"| {c}: {label}",
+    ]
 
 
 def test_old_tasks_are_scored_by_their_files():
@@ -156,27 +166,38 @@ def test_old_tasks_are_scored_by_their_files():
     assert "old a.jsonl 0.50  old b.jsonl 1.00" in evaluate.line_of(out)
 
 
-def test_the_matrix_shows_what_became_of_a_stage(tmp_path):
-    """Of a second stage the scores before are those after the first; unknown cells are dashes."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    config = dict(method="sdft", steps=4, lr=0.1, data="A", test=None)
-    first = dict(config=config | {"init_from": "gpt2"}, base={"lenient": 0.1})
-    write_results(a, **first, final={"lenient": 0.9, "exact": 0.8})
-    second = config | dict(data="B", test="T", init_from=f"{a}/", old=["A"])
-    before, after = {"lenient": 0.2, "old A": 0.9}, {"lenient": 0.7, "old A": 0.6}
-    write_results(b, config=second, base=before, final=after)
-    rows = evaluate.report([a, b]).split("\n\n")[1].splitlines()
-    assert rows[0] == "| lenient, after | A | T |" and rows[2] == "| gpt2 | 0.10 | - |"
-    assert rows[3:] == [f"| {a} | 0.90 | 0.20 |", f"| {b} | 0.60 | 0.70 |"]
-    assert "lenient, after" not in evaluate.report([a])  # a run alone has no stages
-
-
 def test_a_report_of_damaged_results_names_the_folder(tmp_path):
-    """Cut off anywhere, or JSON of another kind."""
-    folder, r = write_results(tmp_path / "a"), random.Random(3)
+    """Cut off, or JSON of another kind."""
+    folder = write_results(tmp_path / "a")
     good = (folder / "results.json").read_bytes()
-    odd = [b"[]", b"7", b'{"base": 1, "final": 2, "config": 3}', good.replace(b"0.75", b'"all"')]
-    odd += [b"[" * 10**5, good.replace(b"0.75", b"1" * 400), good.replace(b"0.001", b"1" * 400)]
-    for content in [good[: r.randint(0, len(good) - 3)] for _ in range(20)] + odd:
+    for content in (good[:-9], b"[]", b'{"base": 1}', good.replace(b"0.75", b'"all"')):
         (folder / "results.json").write_bytes(content)
         assert str(folder) in error_of("--report", folder)
+
+
+def test_what_is_watched():
+    """The first 24 training rows, then prior questions with room for a response; 27 in all."""
+    new = [row(f"p{i}", "a", teacher=f"t{i}") for i in range(30)]
+    new = [r | {"teacher_prompt": "t", "demonstration": "d", "need": 1} for r in new]
+    prior = [row("x" * n, "b") | {"answer_ids": [1]} for n in (3, 4, 5, 4, 4, 4)]
+    prior.insert(0, {"text_ids": [1]})
+    rows = evaluate.rows_to_watch({"train": new, "prior": prior}, longest=4)
+    assert [r["prompt"] for r in rows] == [*(f"p{i}" for i in range(24)), "xxx", "xxxx", "xxxx"]
+    assert rows[5] == dict(
+        kind="new",
+        prompt="p5",
+        teacher_prompt="t",
+        demonstration="d",
+        expected="a",
+        student_ids=[*b"p5"],
+        teacher_ids=[*b"t5"],
+    )
+    assert rows[25] == dict(
+        kind="prior",
+        prompt="xxxx",
+        teacher_prompt="xxxx",
+        demonstration="",
+        expected="b",
+        student_ids=[*b"xxxx"],
+        teacher_ids=[*b"xxxx"],
+    )

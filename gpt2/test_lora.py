@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 
-from gpt2 import checkpoint, fast, lora, settings, train
-from gpt2.conftest import flags, last_checkpoint, lines, metrics, small_gpt, weights
-from gpt2.run import prepare
+from gpt2 import checkpoint, fast, lora, train
+from gpt2.conftest import flags, small_gpt
 
 TOKENS = torch.tensor([[3, 5, 7, 11, 13], [17, 19, 23, 29, 31]])
-LORA = ["--lora_rank", 3, "--lora_alpha", 8.0, "--lr", 1e-2]
+CONTEXTS = [[3, 5], [7]], [[2, 3, 5], [2, 7]], 6, 262  # of both roles, most tokens, end token
 
 
 def adapted(base, rank=3, alpha=8.0, noise=0.0):
@@ -26,30 +25,12 @@ def same(a, b, **tolerance):
     torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
 
 
-def begun(base, data, out, *more):
-    """The run of these flags before its first step."""
-    args, _ = settings.parse_args("", flags(base, data, out, *more))
-    return prepare(args, None, torch.device("cpu"), 0, 1)
-
-
-def trained_run(base, data, out, *more, steps=4):
-    train.main(flags(base, data, out, *LORA, *more, steps=steps))
-    return out
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, base, data):
-    """An uninterrupted run of four steps with an EMA teacher."""
-    return trained_run(base, data, tmp_path_factory.mktemp("whole") / "out")
-
-
-# --- The model ------------------------------------------------------------------------------------
-
-
 def test_untrained_adapters_change_nothing():
-    """B = 0: the logits are the base's bit for bit, though A is not 0."""
+    """B = 0: the logits are the base's bit for bit, though A is not 0. All else is frozen."""
     base = small_gpt()
-    model = adapted(base)
+    model = lora.add_adapters(small_gpt(), 3, 8.0)
+    wants_gradient = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert wants_gradient == lora.trained(model).keys()
     same(model(TOKENS), base(TOKENS))
     assert all(w.any() for name, w in lora.trained(model).items() if name.endswith("lora_A"))
 
@@ -79,158 +60,125 @@ def test_merged_weights_equal_the_adapters(dtype):
     else:
         plain = fast.RolloutGPT.of(model, dtype)
         assert hasattr(plain, "lora") == (dtype == torch.float32)  # which shares the base's memory
+        assert plain.packed_head is None or dtype == torch.bfloat16
     if dtype == torch.bfloat16:
         close = dict(rtol=0.05, atol=0.05 * expected.std().item())
     same(plain(TOKENS).float(), expected, **close)
+    same(base(TOKENS), small_gpt()(TOKENS))
 
 
-def test_all_roles_share_the_frozen_weights(base, data, tmp_path):
-    """The memory that adapters are there to save: one copy for start, student, EMA and, but for
-    the blocks' packed matrices, rollout.
-    """
-    run = begun(base, data, tmp_path / "out", *LORA)
-    models = run.start, run.student, run.teacher, fast.RolloutGPT.of(run.student)
-    first = run.start.state_dict()
-    for model in models:
+def test_all_roles_share_the_frozen_weights():
+    """The memory that adapters are there to save: base, student, EMA teacher and rollout."""
+    base = small_gpt()
+    student = adapted(base)
+    teacher, first = lora.share(student).requires_grad_(False), base.state_dict()
+    for model in (student, teacher, fast.RolloutGPT.of(student)):
         own = {k.replace(".linear.", "."): w for k, w in model.state_dict().items()}
-        packed = (
-            model is models[-1] and model.h[0].attn.c_attn.linear.__class__ is fast.PackedLinear
-        )
-        missing = {name for name in first if name not in own}
-        assert missing == {k for k, w in first.items() if packed and w.dim() == 2 and k[:2] == "h."}
-        assert all(own[k].data_ptr() == first[k].data_ptr() for k in first.keys() - missing)
-    a, b = lora.trained(run.student), lora.trained(run.teacher)
+        packed = {k for k in first if k not in own}  # on a CPU, while responses are sampled
+        assert not packed or all(k[:2] == "h." and first[k].dim() == 2 for k in packed)
+        assert packed == set() or isinstance(model, fast.RolloutGPT)
+        assert all(own[k].data_ptr() == first[k].data_ptr() for k in first.keys() - packed)
+    a, b = lora.trained(student), lora.trained(teacher)
     assert all(a[k].data_ptr() != b[k].data_ptr() and torch.equal(a[k], b[k]) for k in a)
 
 
-# --- Training -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_only_adapters_have_gradients_and_change(method):
+    """The EMA teacher averages them, and nothing else of it moves."""
+    student = adapted(small_gpt(ends=3.0), noise=0.1)
+    teacher = lora.share(student).requires_grad_(False)
+    with torch.no_grad():
+        lora.trained(teacher)["h.0.attn.c_attn.lora_B"].add_(1.0)
+    before, teacher_before = (
+        {k: w.clone() for k, w in m.state_dict().items()} for m in (student, teacher)
+    )
+    optimizer = torch.optim.SGD(lora.trained(student).values(), lr=0.5)
+    with_gradient = set()
+    optimizer.register_step_pre_hook(
+        lambda *_: with_gradient.update(
+            k for k, p in student.named_parameters() if p.grad is not None
+        )
+    )
+    if method == "sft":
+        fast.sft_step(student, optimizer, CONTEXTS[0], [[11, 262], [13, 262]], 262)
+    else:
+        streams = fast.row_generators(0, 0, range(2), "cpu")
+        fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=0.25)
+        mean = {k: 0.25 * w + 0.75 * teacher_before[k] for k, w in student.state_dict().items()}
+        same(teacher.state_dict(), mean, rtol=1e-6, atol=1e-7)
+    changed = {k for k, w in student.state_dict().items() if not w.equal(before[k])}
+    assert changed == with_gradient == lora.state(student).keys()
+    assert all(k.endswith(("lora_A", "lora_B")) for k in changed)
 
 
-@pytest.mark.parametrize("more", [["--method", "sft"], ["--teacher", "frozen"], []], ids=str)
-def test_only_adapters_are_trained_and_kept(more, base, data, tmp_path):
-    """In gradients, the optimizer's and the checkpoint's state; a frozen teacher is not kept."""
-    run = begun(base, data, tmp_path / "begun", *LORA, *more)
-    before = {name: w.clone() for name, w in run.student.state_dict().items()}
-    rows = run.sets["train"][:4]
-    step = run.optimizer.step
-    with_gradient = []
-
-    def spy():
-        named = run.student.named_parameters()
-        with_gradient.extend(name for name, p in named if p.grad is not None)
-        step()
-
-    run.optimizer.step = spy
-    for run.step in (0, 1):  # A's gradient is 0 as long as B is
-        train.update(run, rows, fast.row_generators(0, run.step, range(4), run.device))
-    changed = {name for name, w in run.student.state_dict().items() if not w.equal(before[name])}
-    adapters = lora.trained(run.student).keys()
-    assert changed == set(with_gradient) == set(adapters) and "lora_" in str(adapters)
-    saved = last_checkpoint(trained_run(base, data, tmp_path / "out", *more, steps=2))
-    assert saved["student"].keys() == adapters
-    assert len(saved["optimizer"]["state"]) == len(adapters)
-    assert saved["teacher"].keys() == (set() if more else set(adapters))
+# --- A run ----------------------------------------------------------------------------------------
 
 
-def test_a_frozen_teacher_is_the_base_bit_for_bit(base, data, tmp_path):
-    """After training, whatever the student has become: nothing was merged into shared weights."""
-    run = begun(base, data, tmp_path / "out", *LORA, "--teacher", "frozen")
-    for run.step in range(2):
-        generators = fast.row_generators(0, run.step, range(4), run.device)
-        train.update(run, run.sets["train"][:4], generators)
-        lora.merge(run.student)
-    expected = checkpoint.load_model(str(base))(TOKENS)
-    same(run.teacher(TOKENS), expected)
-    assert not torch.equal(run.student(TOKENS), expected)
+def run(base, data, out, *more):
+    train.main(flags(base, data, out, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split(), *more))
+    return out
 
 
-def test_an_ema_teacher_averages_the_adapters(base, data, tmp_path):
-    """φ = α θ + (1 - α) φ of A and B after one step, and nothing else of it moves."""
-    run = begun(base, data, tmp_path / "out", *LORA, "--ema_alpha", 0.25)
-    first = {name: w.clone() for name, w in run.teacher.state_dict().items()}
-    train.update(run, run.sets["train"][:4], fast.row_generators(0, 0, range(4), run.device))
-    student = run.student.state_dict()
-    expected = {k: 0.25 * student[k] + 0.75 * w for k, w in first.items()}
-    same(run.teacher.state_dict(), expected, rtol=1e-6, atol=1e-7)
-    assert not torch.equal(run.teacher(TOKENS), checkpoint.load_model(str(base))(TOKENS))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, base, data):
+    """An uninterrupted run of four steps with an EMA teacher."""
+    return run(base, data, tmp_path_factory.mktemp("whole") / "out")
+
+
+def adapters_of(out):
+    return torch.load(out / "adapter" / "adapter_model.bin", weights_only=True)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole, monkeypatch):
-    """Weights, log and samples, bit for bit, after a kill in the middle of step 3."""
+    """Weights and samples, bit for bit, after a kill in the middle of step 3."""
 
     class Killed(BaseException):
         pass
 
-    def killed(run, rows, generators):
-        if run.step == 2:
+    def killed(*arguments, **options):
+        steps.append(1)
+        if len(steps) == 3:
             raise Killed
-        return update(run, rows, generators)
+        return step(*arguments, **options)
 
-    update, out = train.update, tmp_path / "out"
-    monkeypatch.setattr(train, "update", killed)
+    steps, step, out = [], fast.train_step, tmp_path / "out"
+    monkeypatch.setattr(fast, "train_step", killed)
     with pytest.raises(Killed):
-        trained_run(base, data, out)
+        run(base, data, out)
     monkeypatch.undo()
-    train.main(["--resume", "--out_dir", str(out), "--device", "cpu"])
-    same(weights(out), weights(whole))
-    for name in ("student", "teacher"):
-        same(last_checkpoint(out)[name], last_checkpoint(whole)[name])
-    assert metrics(out) == metrics(whole)
+    train.main(["--resume", "--out_dir", str(out)])
+    same(
+        checkpoint.load_model(str(out)).state_dict(), checkpoint.load_model(str(whole)).state_dict()
+    )
+    same(adapters_of(out), adapters_of(whole))
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
 def test_the_seed_decides_how_adapters_start(base, data, tmp_path):
-    """And nothing else does, so that a run can be repeated."""
-    states = []
-    for seed in (1, 1, 2):
+    """And nothing else does, so that a run can be repeated; at a rate of 0 they stay there."""
+    starts = []
+    for i, seed in enumerate((1, 1, 2)):
         torch.rand(1)
-        run = begun(base, data, tmp_path / "out", *LORA, "--seed", seed)
-        states.append(lora.state(run.student))
-    same(states[0], states[1])
-    assert not states[0]["h.0.attn.c_attn.lora_A"].equal(states[2]["h.0.attn.c_attn.lora_A"])
+        out = run(base, data, tmp_path / str(i), *f"--seed {seed} --lr 0 --steps 1".split())
+        starts.append(adapters_of(out))
+    same(starts[0], starts[1])
+    A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    assert not starts[0][A].equal(starts[2][A])
 
 
-# --- What is saved --------------------------------------------------------------------------------
-
-
-def test_the_saved_folder_is_the_merged_student(base, data, whole):
-    """Base and the checkpoint's adapters give its logits; the KL to base is of the student too."""
-    student = adapted(checkpoint.load_model(str(base)))
-    saved = last_checkpoint(whole)["student"]
-    student.load_state_dict(saved, strict=False)
-    same(checkpoint.load_model(str(whole))(TOKENS), student(TOKENS), rtol=1e-4, atol=1e-4)
-    assert lines(whole / "metrics.jsonl")[-1]["eval"]["kl_to_base"] > 0
-
-
-def test_transformers_opens_the_merged_folder(whole):
-    """The independent implementation computes the same logits."""
+def test_transformers_and_peft_open_the_folders(base, whole):
+    """Independent implementations compute our logits, of the merged model and of the adapters."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(whole).eval()
-    ours = checkpoint.load_model(str(whole))
-    torch.testing.assert_close(theirs(TOKENS).logits, ours(TOKENS), rtol=0, atol=1e-4)
-
-
-def test_the_adapter_folder_is_small_and_whole(base, whole):
-    """Of the checkpoint's adapters alone; with the base they are all that the student is."""
-    fields = json.loads((whole / "adapter" / "adapter_config.json").read_text())
-    assert (fields["r"], fields["lora_alpha"], fields["base_model_name_or_path"]) == (
-        3,
-        8,
-        str(base),
-    )
-    adapters = torch.load(whole / "adapter" / "adapter_model.bin", weights_only=True)
-    prefix, saved = "base_model.model.transformer.", last_checkpoint(whole)["student"]
-    same(adapters, {f"{prefix}{name}.weight": w for name, w in saved.items()})
-
-
-def test_peft_opens_the_adapter_folder(base, whole):
-    """The library whose format it is computes the merged student's logits."""
-    pytest.importorskip("transformers", reason="transformers is not installed; it is optional")
+    ours = checkpoint.load_model(str(whole))(TOKENS)
+    merged = transformers.GPT2LMHeadModel.from_pretrained(whole).eval()
+    same(merged(TOKENS).logits, ours, atol=1e-4)
     peft = pytest.importorskip("peft", reason="peft is not installed; it is optional")
-    from transformers import GPT2LMHeadModel
-
-    theirs = peft.PeftModel.from_pretrained(
-        GPT2LMHeadModel.from_pretrained(base), whole / "adapter"
+    plain = transformers.GPT2LMHeadModel.from_pretrained(base)
+    same(
+        peft.PeftModel.from_pretrained(plain, whole / "adapter").eval()(TOKENS).logits,
+        ours,
+        atol=1e-4,
     )
-    ours = checkpoint.load_model(str(whole))
-    torch.testing.assert_close(theirs.eval()(TOKENS).logits, ours(TOKENS), rtol=0, atol=1e-4)
+    fields = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"]) == (3, 8)
+    assert fields["base_model_name_or_path"] == str(base)

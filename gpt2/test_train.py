@@ -1,18 +1,46 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
+import copy
 import os
 import re
-import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import threading
 
 import pytest
 import torch
 
-from gpt2 import checkpoint, settings, train
-from gpt2.conftest import ROOT, error_of, flags, last_checkpoint, lines, metrics, weights
+from data import files
+from gpt2 import checkpoint, evaluate, fast, train
+from gpt2.checkpoint import RUN_FILES, TOKENIZER_FILES, WEIGHT_FILES, load_model, run_checkpoints
+from gpt2.conftest import (
+    EOS,
+    ROOT,
+    Killed,
+    error_of,
+    flags,
+    last_checkpoint,
+    lines,
+    metrics,
+    read,
+    resume,
+    small_gpt,
+    weights,
+    write_rows,
+)
+from gpt2.data import RowReader, load_encoding, minibatch, pad_right
+from model import GPT
+from sdft import (
+    clip_and_step,
+    completion_logits,
+    implicit_reward,
+    sft_loss,
+    teacher_context,
+    token_divergence,
+)
 
 
 def start(*argv):
@@ -23,7 +51,8 @@ def start(*argv):
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 
 
-# --- What a run leaves behind ---------------------------------------------------------------------
+def same(a, b, **tolerance):
+    torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -34,75 +63,291 @@ def whole(tmp_path_factory, base, data):
     return out
 
 
-def test_a_finished_run_is_a_starting_point(tmp_path, whole, base, data, capsys):
-    """Weights and vocabulary travel; SFT saves no teacher; --report shows both."""
-    out = tmp_path / "next"
-    capsys.readouterr()
-    train.main(flags(whole, data, out, "--method", "sft", steps=1))
-    printed = capsys.readouterr().out
-    assert "| base |" in printed and "| sft, 1 steps |" in printed and "s left" in printed
-    assert {p.name for p in out.iterdir()} >= {"vocab.json", "merges.txt", "config.json"}
-    saved = last_checkpoint(out)
-    assert saved["teacher"] == {} and saved["optimizer"]["state"][0]["step"] == 1
-    train.main(["--report", str(whole), str(out)])
-    table = capsys.readouterr().out
-    assert "sdft, 8 steps" in table and "sft, 1 steps" in table and table.count("base of") == 2
-
-
-@pytest.mark.parametrize("teacher", ["ema", "frozen", "live"])
-def test_a_second_runs_teacher_starts_as_its_student(
-    teacher, tmp_path, whole, base, data, monkeypatch
-):
-    """As the weights that --init_from ends with, and not as the first run's teacher or base."""
-    seen, update = [], train.update
-
-    def spy(run, rows, generators):
-        seen.append(
-            [{k: w.clone() for k, w in m.state_dict().items()} for m in (run.student, run.teacher)]
-        )
-        return update(run, rows, generators)
-
-    monkeypatch.setattr(train, "update", spy)
-    train.main(flags(whole, data, tmp_path / "out", "--teacher", teacher, "--base", base, steps=1))
-    first = last_checkpoint(whole)
-    for role in seen[0]:
-        torch.testing.assert_close(role, weights(whole), rtol=0, atol=0)
-    assert not torch.equal(first["teacher"]["wte.weight"], first["student"]["wte.weight"])
-
-
 def assert_same_run(out, whole):
-    torch.testing.assert_close(weights(out), weights(whole), rtol=0, atol=0)
+    same(weights(out), weights(whole))
     assert metrics(out) == metrics(whole)
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
-def resume(out):
-    train.main(["--resume", "--out_dir", str(out), "--device", "cpu"])
+# --- Every flag reaches what it names -------------------------------------------------------------
+
+# None at its default.
+CHANGED = dict(ema_alpha=0.3, skip_tokens=1, temperature=0.8, max_new_tokens=7, steps=5)
+CHANGED |= dict(batch_size=3, micro_batch=2, lr=2e-3, warmup=3, weight_decay=0.5, grad_clip=0.05)
+CHANGED |= dict(seed=7, log_every=2, eval_every=3, save_every=1, divergence="jsd")
+WARM_UP = [1 / 3, 2 / 3, 1, 1, 1]
+COSINE = [1, 0.9045084972, 0.6545084972, 0.3454915028, 0.0954915028]
+RATES = [2e-3 * warm_up * cosine for warm_up, cosine in zip(WARM_UP, COSINE)]
 
 
-class Killed(BaseException):
-    """Nothing catches it: the files are left as kill -9 leaves them."""
+def direct_steps(method, rows, student, teacher):
+    """CHANGED's five updates by calls of the functions; loss and info of each."""
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.5, fused=True)
+    for step, optimizer.param_groups[0]["lr"] in enumerate(RATES):
+        batch = [rows[i] for i in minibatch(len(rows), 3, step, 7)]
+        prompts = [row["prompt_ids"] for row in batch]
+        if method == "sft":
+            tokens, mask = pad_right([row["demonstration_ids"] for row in batch], EOS, "cpu")
+            loss = sft_loss(completion_logits(student, prompts, tokens), tokens, mask)
+            loss.backward()
+            clip_and_step(student, optimizer, loss.item(), 0.05)
+            yield loss.item(), {"mask": mask}
+        else:
+            settings = dict(divergence="jsd", alpha=0.3, temperature=0.8, grad_clip=0.05)
+            settings |= dict(skip_tokens=1, micro_batch=2)
+            settings |= dict(generators=fast.row_generators(7, step, range(3), "cpu"))
+            inputs = prompts, [row["teacher_ids"] for row in batch], 7, EOS
+            yield fast.train_step(student, teacher, optimizer, *inputs, **settings)
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_every_flag_reaches_what_it_names(method, tmp_path, base, data):
+    """Updates, log, scores, samples and checkpoints, against direct calls of the functions."""
+    out, template = tmp_path / "out", tmp_path / "t.txt"
+    template.write_text("{article} or {demonstration}? {prompt}")
+    test = write_rows(tmp_path / "test.jsonl", [{"prompt": "Of 5?\n", "answer": "5"}])
+    numbers = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
+    more = ["--teacher_template", template, "--test", test, "--method", method]
+    train.main(flags(base, data, out, *numbers, *more))
+    reader, first = RowReader(load_encoding(base), 320, 7, template.read_text()), load_model(base)
+    sets = {"train": reader.read(data / "train.jsonl", reader.training)}
+    sets |= {"test": reader.read(test, reader.task)}
+    sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
+    sets |= {"prior": reader.read(data / "prior.jsonl", reader.prior)}
+    student = fast.lean(load_model(base))
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    steps = list(direct_steps(method, sets["train"], student, teacher))
+
+    # SFT micro-batches are summed above at once, so that Adam sees other roundings.
+    close = dict(rtol=1e-4, atol=1e-6) if method == "sdft" else dict(rtol=0, atol=2e-4)
+    saved = last_checkpoint(out)
+    same(saved["student"], student.state_dict(), **close)
+    same(saved["teacher"], teacher.state_dict() if method == "sdft" else {}, **close)
+    assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
+
+    rows = [row for row in metrics(out) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row in rows:
+        loss, info = steps[row["step"] - 1]
+        assert row["loss"] == pytest.approx(loss, rel=1e-3)
+        assert row["length"] == pytest.approx(info["mask"].sum().item() / 3)
+        assert row["lr"] == pytest.approx(RATES[row["step"] - 1], rel=1e-5)
+        if method == "sdft":  # its divergence is a mean over the tokens with loss
+            mean = (info["divergence"].sum() / info["loss_mask"].sum()).item()
+            ends = (info["completions"] == EOS).any(1)
+            assert row["divergence"] == pytest.approx(mean, rel=1e-4)
+            assert row["truncated"] == pytest.approx(1 - ends.float().mean().item())
+
+    looks = [row for row in metrics(out) if "eval" in row]
+    assert [row["step"] for row in looks] == [0, 3, 5]
+    for row, model, kl_base in ((looks[0], first, None), (looks[2], student, first)):
+        expected = evaluate.evaluate(model, sets, reader.enc, 7, 2, kl_base)
+        assert row["eval"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
+        assert (row["new"], row["prior"]) == (row["eval"]["lenient"], row["eval"]["prior_acc"])
+    assert looks[0]["eval"]["kl_to_base"] == 0 < looks[2]["eval"]["kl_to_base"]
+    samples = [row for row in lines(out / "samples.jsonl") if row["step"] == 5]
+    assert {row["divergence"] for row in samples} == {"jsd"} and len(samples) == 4
+    judge = (teacher, "teacher_ids") if method == "sdft" else (first, "teacher_ids")
+    for row, sample in zip(sets["train"], samples[:3]):
+        ids = torch.tensor([[token["id"] for token in sample["tokens"]]])
+        p, q = (completion_logits(m, [row[k]], ids) for m, k in ((student, "prompt_ids"), judge))
+        numbers = torch.stack([token_divergence(p, q, "jsd")[0], implicit_reward(p, q, ids)[0]], 1)
+        found = [[token["divergence"], token["reward"]] for token in sample["tokens"]]
+        same(torch.tensor(found), numbers.detach(), rtol=0.02, atol=2e-3)
+        assert sample["teacher_prompt"] == row["teacher_prompt"]
+    assert read(out / "results.json")["final"] == looks[2]["eval"]
+
+
+def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
+    """OOD measured on the test set would look like any other score. --test defaults to --data."""
+    argv, enc, long = ["--out_dir", "unused"], load_encoding(base), {"prompt": "Q" * 400}
+    for name in ("data", "test", "ood", "eval", "old"):
+        row = {"prompt": f"Of {name}?\n", "demonstration": "D", "answer": "A", "article": "An A."}
+        argv += [f"--{name}", str(write_rows(tmp_path / name, [row, row | long]))]
+    names = {"train": "data", "test": "test", "ood": "ood", "prior": "eval"}
+    names[f"old {tmp_path / 'old'}"] = "old"
+    with pytest.raises(ValueError, match="--skip_long"):
+        train.read_sets(train.parse_args(argv), enc, 320)
+    argv += ["--skip_long", "--teacher_reads", "article"]
+    for names, argv in ((names, argv), (names | {"test": "data"}, argv[:4] + argv[6:])):
+        sets = train.read_sets(train.parse_args(argv), enc, 320)
+        read_from = {name: [row["prompt"] for row in rows] for name, rows in sets.items()}
+        assert read_from == {name: [f"Of {flag}?\n"] for name, flag in names.items()}
+        assert sets["train"][0]["teacher_prompt"] == "An A.\n\nOf data?\n"
+
+
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_micro_batch_limits_the_rows_of_a_pass(method, tmp_path, base, data, monkeypatch):
+    """No result shows it, as only memory changes: rows of the passes that keep activations."""
+    hidden, score, rows, sizes = GPT.hidden, evaluate.evaluate, set(), set()
+
+    def counted(model, tokens, *more):
+        if torch.is_grad_enabled():
+            rows.add(len(tokens))
+        return hidden(model, tokens, *more)
+
+    def scored(model, sets, enc, max_new_tokens, batch_size, *more):
+        sizes.add(batch_size)
+        return score(model, sets, enc, max_new_tokens, batch_size, *more)
+
+    monkeypatch.setattr(GPT, "hidden", counted)
+    monkeypatch.setattr(evaluate, "evaluate", scored)
+    more = ["--method", method, "--micro_batch", 3]  # of four rows
+    train.main(flags(base, data, tmp_path / "out", *more, steps=1))
+    assert rows == {1, 3} and sizes == {3}
+
+
+@pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
+def test_the_teacher_follows_its_flag(name, alpha, tmp_path, whole, data):
+    """φ = α θ + (1 - α) φ after one step, from the first run's student on; frozen is not saved."""
+    more = ["--teacher", name, "--ema_alpha", 0.25, "--eval_every", 9]
+    train.main(flags(whole, data, tmp_path / "out", *more, steps=1))
+    before, saved = weights(whole), last_checkpoint(tmp_path / "out")
+    student, teacher = saved["student"], saved["teacher"]
+    assert not torch.equal(student["wte.weight"], before["wte.weight"])
+    moves = before if alpha else {}
+    same(teacher, {k: alpha * student[k] + (1 - alpha) * before[k] for k in moves}, atol=1e-6)
+    assert lines(tmp_path / "out" / "metrics.jsonl")[-1]["eval"]["kl_to_base"] > 0
+
+
+def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data, capsys):
+    """--base and --old; before its first step the KL is what the first stage left; --report."""
+    second, old = tmp_path / "second", data / "ood.jsonl"
+    more = ["--base", base, "--lr", 0, "--old", old, "--test", old, "--method", "sft"]
+    train.main(flags(whole, data, second, *more, steps=1))
+    reader = RowReader(load_encoding(base), 320, 6)
+    sets = {"train": [], "test": reader.read(old, reader.task), "ood": [], "prior": []}
+    kl = evaluate.evaluate(load_model(whole), sets, reader.enc, 6, 4, load_model(base))[
+        "kl_to_base"
+    ]
+    results = read(second / "results.json")
+    for when in ("base", "final"):
+        assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
+        assert results[when][f"old {old}"] == results[when]["lenient"]
+    assert "as_teacher" in results["base"] and last_checkpoint(second)["teacher"] == {}
+    assert (second / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
+    words = shlex.split(results["command"])
+    assert words[:3] == ["python", "-m", "gpt2.train"]
+    assert vars(train.parse_args(words[3:])) == results["config"]
+    capsys.readouterr()
+    train.main(["--report", str(whole), str(second)])
+    table = capsys.readouterr().out
+    assert "sdft, 8 steps" in table and "sft, 1 steps" in table and f"| old {old} |" in table
+
+
+def test_samples_are_of_the_same_prompts_and_random_numbers(tmp_path, base, data):
+    """Three training rows and the prior question at every look; the teacher's before training."""
+    said = {}
+    for seed in (0, 1):  # a rate of 0: the model stays as it is
+        out = tmp_path / str(seed)
+        train.main(flags(base, data, out, "--lr", 0, "--seed", seed, steps=3))
+        for row in lines(out / "samples.jsonl"):
+            said.setdefault((seed, row["step"], row["role"]), []).append(row)
+    for step in (0, 2, 3):
+        *new, prior = said[0, step, "student"]
+        assert [row["prompt"] for row in new] == [f"What is {i}?\n" for i in range(3)]
+        assert (new[1]["expected"], new[1]["demonstration"]) == ("1", "It is 1 x")
+        template = teacher_context("What is 1?\n", "It is 1 x", "Article 1.")
+        assert new[1]["teacher_prompt"] == template
+        assert prior["prompt"] == prior["teacher_prompt"] == "one, two"
+        assert (prior["expected"], prior["demonstration"]) == (", three", "")
+    responses = {key: [row["response"] for row in rows] for key, rows in said.items()}
+    assert responses[0, 0, "student"] == responses[0, 3, "student"] != responses[1, 0, "student"]
+    assert (0, 0, "teacher") in said and (0, 3, "teacher") not in said
+
+
+def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch, capsys):
+    """Not the base's, not a later one that is only as good, and not the last; also if resumed."""
+    out, scores, states = tmp_path / "out", [0.9, 0.5, 0.7, Killed, 0.7, 0.6], []
+
+    def scripted(model, *_):
+        score = scores.pop(0)
+        if score is Killed:
+            raise Killed
+        assert states[1:] or not (out / "best").exists()
+        states.append({k: w.clone() for k, w in model.state_dict().items()})
+        return {"lenient": score}
+
+    monkeypatch.setattr(evaluate, "evaluate", scripted)
+    with pytest.raises(Killed):
+        train.main(flags(base, data, out, "--keep", "best", steps=8))
+    resume(out)
+    # The model that is evaluated has packed matrices; embeddings and norms tell which it was.
+    for folder, state in ((out / "best", states[2]), (out, states[4])):
+        saved = weights(folder)
+        same({name: saved[name] for name in state}, state)
+    assert (out / "best" / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
+    printed = capsys.readouterr().out.splitlines()
+    told = [s for row in lines(out / "metrics.jsonl") for s in row.get("warnings", [])]
+    assert told and [f"warning: {s}" for s in told] == [s for s in printed if "warning" in s]
+
+
+# --- A run goes on --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("save_every", [2, 3], ids=["at a checkpoint", "after one"])
 def test_a_killed_run_resumes_bit_for_bit(save_every, tmp_path, base, data, whole, monkeypatch):
-    """Killed while step 4 writes its samples; the log has a line cut off, and is ahead."""
-    out, append = tmp_path / "out", checkpoint.append_line
+    """Killed while step 4 writes its metrics; a log has a line cut off, and is ahead."""
+    out, append = tmp_path / "out", files.append
 
-    def killed(path, row):
-        if row["step"] == 4 and path.name == "samples.jsonl":
+    def killed(path, rows):
+        append(path, rows)
+        if rows[0]["step"] == 4 and path.name == "samples.jsonl":
+            append(path, rows)
             with open(path, "a") as f:
                 f.write('{"step": 4, "pro')
             raise Killed
-        append(path, row)
 
-    monkeypatch.setattr(checkpoint, "append_line", killed)
-    argv = flags(base, data, out, "--save_every", save_every, steps=8)
-    with pytest.raises(Killed):
-        train.main([*argv, "--resume"])  # without a checkpoint, --resume starts
-    assert lines(out / "metrics.jsonl")[-1]["step"] == 4
+    monkeypatch.setattr(files, "append", killed)
+    with pytest.raises(Killed):  # without a checkpoint, --resume starts
+        train.main(flags(base, data, out, "--save_every", save_every, "--resume", steps=8))
     monkeypatch.undo()
     resume(out)  # the settings come from the checkpoint
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("at", ["samples.jsonl", "metrics.jsonl", "results.json", "config.json"])
+def test_a_run_killed_at_its_start_or_end_goes_on(at, tmp_path, base, data, whole, monkeypatch):
+    """During the base's evaluation, and after the last checkpoint."""
+    out, append, write = tmp_path / "out", files.append, checkpoint.write_json
+
+    def killed(path, rows):
+        if path.name == at:
+            raise Killed
+        (append if type(rows) is list else write)(path, rows)
+
+    monkeypatch.setattr(files, "append", killed)
+    monkeypatch.setattr(checkpoint, "write_json", killed)
+    with pytest.raises(Killed):
+        train.main(flags(base, data, out, steps=8))
+    monkeypatch.undo()
+    resume(out)
+    assert_same_run(out, whole)
+    for name in ("base", "final"):
+        assert read(out / "results.json")[name] == read(whole / "results.json")[name]
+    resume(out)  # a finished run repeats no line
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step_and_saves(
+    name, tmp_path, base, data, whole, monkeypatch, capsys
+):
+    """It comes in the middle of step 3; --resume then repeats the uninterrupted run."""
+    out, update = tmp_path / "an out", train.update
+
+    def interrupted(run, rows, generators):
+        if run.step == 2:
+            signal.raise_signal(getattr(signal, name))
+        return update(run, rows, generators)
+
+    monkeypatch.setattr(train, "update", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(base, data, out, "--save_every", 100, steps=8))
+    assert stopped.value.code == 130 and last_checkpoint(out)["step"] == 3
+    again = capsys.readouterr().out.splitlines()[-1].split("go on with: python -m gpt2.train ")[1]
+    monkeypatch.undo()
+    train.main(shlex.split(again))
     assert_same_run(out, whole)
 
 
@@ -122,40 +367,17 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, base, data, monkeypatch):
     assert last_checkpoint(tmp_path / "out")["step"] == 2
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_and_saves(name, tmp_path, base, data, whole, monkeypatch):
-    """It comes in the middle of step 3; --resume then repeats the uninterrupted run."""
-    out, update = tmp_path / "out", train.update
-
-    def interrupted(run, rows, generators):
-        if run.step == 2:
-            signal.raise_signal(getattr(signal, name))
-        return update(run, rows, generators)
-
-    monkeypatch.setattr(train, "update", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        train.main(flags(base, data, out, "--save_every", 100, steps=8))
-    assert stopped.value.code == 130 and last_checkpoint(out)["step"] == 3
-    monkeypatch.undo()
-    resume(out)
-    assert_same_run(out, whole)
-
-
 def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
-    """A real process and signal: it says how to go on and leaves no traceback.
-
-    The terminal cannot print the folder's é, which must not matter either.
-    """
+    """A real process and signal: no traceback. The terminal cannot print the folder's é."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    out, quiet = tmp_path / "é", ["--eval_every", 10**6]
-    argv = flags(base, data, out, *quiet, "--save_every", 10**6, steps=10**6)
-    process = start("-m", "gpt2.train", *argv)
+    out, quiet = tmp_path / "é", ["--eval_every", 10**6, "--save_every", 10**6]
+    process = start("-m", "gpt2.train", *flags(base, data, out, *quiet, steps=10**6))
     while not process.stdout.readline().startswith("step "):
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=120)
     step = int(re.search(r"stopped after step (\d+), saved; go on with: ", printed)[1])
-    assert process.returncode == 130 and "--resume --out_dir" in printed and errors == ""
+    assert process.returncode == 130 and errors == ""
     assert r"\xe9" in printed and last_checkpoint(out)["step"] == step
 
 
@@ -184,71 +406,108 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data):
     # keys' biases, full steps of 1e-4 in any direction remain. The moments have no such trouble.
     moments = (last_checkpoint(out)["optimizer"]["state"].values() for out in (one, two))
     for a, b in zip(*moments, strict=True):
-        atol = 0.01 * a["exp_avg"].abs().max().item() + 1e-7
-        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=0, atol=atol)
-    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=3e-4)
+        same(a["exp_avg"], b["exp_avg"], atol=0.01 * a["exp_avg"].abs().max().item() + 1e-7)
+    same(weights(two), weights(one), atol=3e-4)
     for a, b in zip(*(metrics(out, "eval", "warnings") for out in (two, one)), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    assert printed.count("| base |") == 1
+    assert printed.count("| base |") == 1 == printed.count("weights are")
+
+
+def test_data_may_come_from_a_pipe(tmp_path, base, data):
+    """It can be read once only; a second time would wait for ever."""
+    pipe, rows = tmp_path / "pipe", (data / "train.jsonl").read_bytes()
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=[rows], daemon=True).start()
+    train.main(flags(base, data, tmp_path / "out", "--data", pipe, steps=1))
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
-def test_resume_keeps_the_settings_and_the_data(tmp_path, base, data, whole):
-    """Another setting, the default included, or changed data would not resume anything."""
-    assert "--lr 0.5 differs" in error_of("--resume", "--out_dir", whole, "--lr", "0.5")
-    assert "--lr 1e-05 differs" in error_of("--resume", "--out_dir", whole, "--lr", "1e-5")
-    assert "already holds a run" in error_of(
-        *flags(base, data, whole)
-    )  # a finished run is not overwritten
-    changed = tmp_path / "train.jsonl"
-    changed.write_bytes((data / "train.jsonl").read_bytes())
-    train.main(flags(base, data, tmp_path / "out", "--data", changed, steps=1))
-    changed.write_text(changed.read_text() + "\n")
-    assert "has changed" in error_of("--resume", "--out_dir", tmp_path / "out")
+@pytest.mark.parametrize("name", [*RUN_FILES, *WEIGHT_FILES, *TOKENIZER_FILES])
+def test_a_new_run_overwrites_nothing(name, tmp_path, base, data):
+    """Nor does --resume, which starts where there is no checkpoint."""
+    (tmp_path / name).write_text("precious")
+    for more in ([], ["--resume"]):
+        message = error_of(*flags(base, data, tmp_path, *more))
+        assert f"already holds {name}" in message and "another --out_dir" in message
+    assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["folder", "new folder"])
+def test_a_run_has_its_folder_to_itself(there, tmp_path, base, data, monkeypatch):
+    """Two would mix their logs and delete each other's checkpoints. The end frees the folder."""
+    out, update, tried = tmp_path / "out", train.update, []
+    if there:
+        out.mkdir()
+
+    def second(run, rows, generators):
+        with pytest.raises(ValueError, match="another run is writing to .*out; wait for its end"):
+            with checkpoint.locked(out):
+                pass
+        tried.append(run.step)
+        return update(run, rows, generators)
+
+    monkeypatch.setattr(train, "update", second)
+    with checkpoint.locked(out):
+        assert "another run" in error_of(*flags(base, data, out)) and out.exists()
+    train.main(flags(base, data, out, steps=1))
+    with checkpoint.locked(out):
+        assert tried == [0] and "another run" in error_of("--resume", "--out_dir", out)
+
+
+def test_resume_keeps_the_settings(tmp_path, base, data, whole):
+    """Another setting, the default included, or another model would not resume anything."""
+    for rate in ("0.5", "1e-05"):
+        assert f"--lr {rate} differs" in error_of("--resume", "--out_dir", whole, "--lr", rate)
+    assert "already holds a run" in error_of(*flags(base, data, whole))
     nothing = error_of("--resume", "--out_dir", tmp_path / "empty")
     assert "no checkpoint in" in nothing and "--data is missing" in nothing
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(base, source)
+    train.main(flags(source, data, out, steps=1))
+    checkpoint.save_model(small_gpt(n_embd=16), source)
+    assert "does not fit --init_from" in error_of("--resume", "--out_dir", out)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, base, data, whole, monkeypatch):
-    """The third checkpoint cannot be written; --resume goes on from the second."""
-    out, save, calls = tmp_path / "out", torch.save, []
-
-    def full(state, file):
-        calls.append(file)
-        if len(calls) < 3:
-            return save(state, file)
-        with open("/dev/full", "wb") as f:
-            save(state, f)
-
-    monkeypatch.setattr(torch, "save", full)
-    message = error_of(*flags(base, data, out, steps=8))
-    assert "(No space left on device); free some space" in message
-    names = [int(p.name[:8]) for p in checkpoint.run_checkpoints(out / "checkpoints")]
-    assert names == [0, 2] and not list(out.rglob("*tmp*"))
-    monkeypatch.undo()
+@pytest.mark.parametrize("value", [None, 1e999])
+def test_odd_values_in_a_log_do_no_harm(value, tmp_path, whole):
+    """--resume takes the numbers of earlier evaluations from it."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    rows = lines(out / "metrics.jsonl")
+    odd = [dict.fromkeys([*row, "eval"], value) | {"step": row["step"]} for row in rows]
+    write_rows(out / "metrics.jsonl", odd)
     resume(out)
-    assert_same_run(out, whole)
+    assert lines(out / "metrics.jsonl")[-1]["eval"] == read(out / "results.json")["final"]
 
 
-def test_a_file_size_limit_ends_in_one_sentence(tmp_path, base, data):
-    """As a full disk does, but from the operating system."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        message = error_of(*flags(base, data, tmp_path / "out"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot write" in message
-    assert not [p for p in (tmp_path / "out").rglob("*") if ".tmp" in p.name]
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_an_explosion_keeps_the_last_checkpoints(method, tmp_path, base, data, monkeypatch):
+    """A rate of 1e30 in step 4 saves weights of 1e30, which end every step after it."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(train, "learning_rate", lambda step, _: 1e30 if step == 3 else 1e-3)
+    argv = flags(base, data, out, "--method", method, "--eval_every", 9, steps=6)
+    message = error_of(*argv)
+    older, newest = run_checkpoints(out)
+    assert [int(file.stem) for file in (older, newest)] == [2, 4] and "step 5: " in message
+    assert error_of("--resume", "--out_dir", out) == message
+    assert f"if --resume ends here again, delete the newest file in {out}/checkpoints" in message
+    newest.unlink()
+    monkeypatch.undo()
+    resume(out)  # the remedy works
+    assert lines(out / "metrics.jsonl")[-1]["step"] == 6
 
 
-WRONG = [(f"--{name}", v) for name in settings.NUMBERS for v in ("-1", "nan", "ten", "")]
-WRONG += [(f"--{name}", "other") for name in (*settings.CHOICES, "teacher_reads", "no_such_flag")]
-WRONG += [("--lr", "inf"), ("--lr", "1e38"), ("--temperature", "1e-40"), ("--weight_decay", "1e30")]
-WRONG += [("--batch_size", "999999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
-WRONG += [(f"--{name}", path) for name in settings.TEXTS for path in ("a\0b", "a\udcffb")]
+def test_full_memory_is_called_so(tmp_path, base, data, monkeypatch):
+    """With the flags that need less of it."""
+    monkeypatch.setattr(train, "update", lambda *_: torch.empty(10**15))
+    assert "memory is full; lower --micro_batch" in error_of(*flags(base, data, tmp_path / "out"))
+
+
+WRONG = [("--lr", value) for value in ("nan", "ten", "", "inf")] + [("--steps", "1.5")]
+WRONG += [(f"--{name}", "-1") for name in CHANGED] + [("--lora_rank", "0"), ("--lora_alpha", "0")]
+WRONG += [("--teacher", "other"), ("--no_such_flag", "1"), ("--step", "1"), ("--out_dir", "")]
+WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
 
 
 def test_every_wrong_value_is_named(capsys):
@@ -258,97 +517,45 @@ def test_every_wrong_value_is_named(capsys):
             train.main(["--out_dir", "unused", flag, value])
         last = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and "error: " in last and flag in last, (flag, value, last)
-    for argv in ([], ["--out_dir", "x", "--teacher_reads", "article", "--teacher_template", "y"]):
-        with pytest.raises(SystemExit):
-            train.main(argv)
 
 
 @pytest.mark.parametrize(
     "flag, value, word",
     [
-        ("--data", "nowhere.jsonl", "cannot read nowhere.jsonl"),
-        ("--data", ROOT, "cannot read"),
+        *((f"--{name}", "nope", "nope (No such file") for name in ("data", "test", "ood", "eval")),
+        *((f"--{name}", "nope", "nope (No such file") for name in ("old", "teacher_template")),
+        ("--data", ROOT, f"{ROOT} (Is a directory)"),
         ("--data", os.devnull, "no rows"),
-        ("--teacher_template", "nowhere.txt", "cannot read nowhere.txt"),
-        ("--init_from", "nowhere", "--init_from nowhere"),
+        ("--init_from", "nowhere", "cannot load nowhere"),
+        ("--base", "nowhere", "cannot load nowhere"),
         ("--device", "abacus", "--device abacus"),
-        ("--device", "hpu", "--device hpu"),
         ("--device", "meta", "--device meta"),
         ("--out_dir", ROOT / "LICENSE" / "x", "LICENSE"),
         ("--max_new_tokens", 400, "n_positions"),
     ],
 )
-def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data):
-    """And nothing is written."""
+def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data, monkeypatch):
+    """And nothing is written. A missing file is told before the model is read."""
+    if value == "nope":
+        monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("the model was read"))
     assert word in error_of(*flags(base, data, tmp_path / "out", flag, value))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["data", "test", "ood", "eval", "old", "teacher_template"])
-def test_a_missing_file_is_noticed_before_the_model_is_read(
-    flag, tmp_path, base, data, monkeypatch
-):
-    """A large one takes its time."""
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the model was read"))
-    message = error_of(*flags(base, data, tmp_path / "out", f"--{flag}", "nope"))
-    assert message == "error: cannot read nope (No such file or directory); check the path"
-
-
-def test_an_error_without_a_number_has_its_words(tmp_path, base, data, monkeypatch):
-    """An OSError that no system call raised has no strerror, which would print as None."""
-
-    def broken(path):
-        if path == data / "train.jsonl":
-            raise OSError("the drive is gone")
-        return read(path)
-
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", broken)
-    message = error_of(*flags(base, data, tmp_path / "out"))
-    assert "train.jsonl (the drive is gone); check the path" in message
-
-
-@pytest.mark.parametrize("flag", ["--data", "--eval", "--init_from", "--out_dir"])
-def test_a_symlink_loop_ends_in_one_sentence(flag, tmp_path, base, data):
-    """Some of pathlib's functions raise a RuntimeError of their own for it."""
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "loop" in error_of(*flags(base, data, tmp_path / "out", flag, tmp_path / "loop"))
-
-
-@pytest.mark.parametrize(
-    "rank, size", [("abc", "1"), ("0", "0"), ("1", "1"), ("-1", "2"), ("0", ""), ("0", "1e3")]
-)
-def test_wrong_process_numbers_end_in_one_sentence(rank, size, tmp_path, base, data, monkeypatch):
-    """They come from the environment, where anything may stand."""
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", size)
-    assert "unset both" in error_of(*flags(base, data, tmp_path / "out"))
-
-
-def test_processes_without_torchrun_end_in_one_sentence(tmp_path, base, data, monkeypatch):
-    """Nobody has told them where to meet."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in error_of(*flags(base, data, tmp_path / "out"))
-
-
-def test_full_memory_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
-    """On a CPU PyTorch raises a bare RuntimeError."""
-    monkeypatch.setattr(train, "update", lambda *_: torch.empty(10**15))
-    assert "the memory is full; lower --micro_batch" in error_of(*flags(base, data, tmp_path / "x"))
-
-
-def test_processes_must_divide_the_minibatch(tmp_path, base, data, monkeypatch):
-    """Equal shares only: a mean over processes would weight rows otherwise."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "multiple of the 3 processes" in error_of(*flags(base, data, tmp_path / "out"))
-
-
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_an_explosion_keeps_the_last_checkpoint(method, tmp_path, base, data, monkeypatch):
-    """A learning rate of 1e30 in step 3 makes step 4 not finite."""
-    rates = {2: 1e30}
-    monkeypatch.setattr(settings, "learning_rate", lambda step, *_: rates.get(step, 1e-3))
-    message = error_of(*flags(base, data, tmp_path / "out", "--method", method))
-    assert re.search(r"step 4: .*; .*/checkpoints/00000002-.* is from before it", message)
-    saved = last_checkpoint(tmp_path / "out")
-    assert saved["step"] == 2 and all(w.isfinite().all() for w in saved["student"].values())
+def test_what_does_not_fit_together_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
+    """Before anything is written: models, data and processes."""
+    argv, row = flags(base, data, tmp_path / "out"), {"prompt": "Q\n", "demonstration": "D"}
+    checkpoint.save_model(small_gpt(vocab_size=300), tmp_path / "odd")
+    assert "--base" in error_of(*argv, "--base", tmp_path / "odd")
+    checkpoint.save_model(small_gpt(vocab_size=200), tmp_path / "small")
+    shutil.copy(base / "vocab.json", tmp_path / "small")
+    shutil.copy(base / "merges.txt", tmp_path / "small")
+    assert "vocabulary of 200" in error_of(*argv, "--init_from", tmp_path / "small")
+    unscored = ["--data", write_rows(tmp_path / "d.jsonl", [row]), "--keep", "best"]
+    assert "--keep best needs a score" in error_of(*argv, *unscored)
+    sizes = {("x", "1"): "unset both", ("1", "1"): "unset both", ("0", "3"): "multiple of the 3"}
+    for (rank, size), word in (sizes | {("0", "2"): "MASTER_ADDR"}).items():  # without torchrun
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert word in error_of(*argv)
+    assert not (tmp_path / "out").exists()
