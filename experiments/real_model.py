@@ -17,7 +17,7 @@ The data were written for this project, and every fact in them is made up:
     ..._val      24 other facts and 46 other prior questions, to choose the rates
 
 Answers are greedy and correct if they hold the expected words. "instructions" are judged by the
-checkers of IFEval (instructions.py). KL is KL(model ‖ base), in nats per response. "prior at .90"
+checkers of IFEval (instructions.py). KL is KL(model || base), in nats per response. "prior at .90"
 is the prior accuracy as soon as nine tenths of the facts are known, looked at every 8 updates;
 "words" is the length of answers to prior questions, "ended" the share of them that end. The trained
 arms go on with a second task at the same rate, for which a teacher reads the demonstration.
