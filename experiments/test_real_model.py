@@ -452,6 +452,9 @@ def run(folders, tmp_path, monkeypatch):
 def test_every_arm_writes_results_answers_and_looks(run, tmp_path, monkeypatch):
     """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
     monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
+    earlier = tmp_path / "real_model_runs" / "sdft, seed 0" / "metrics.jsonl"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"step": 7}\n')
     rows, _ = run(real_model.REAL_MODEL)
     assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
     for row in rows:
@@ -488,6 +491,8 @@ def test_controls_and_grid_run(run, tmp_path):
     names = ["sdft, frozen teacher", "offline", "sdft, paraphrased", "oracle, both"]
     rows, _ = run(real_controls.REAL_CONTROLS, names, steps=1)
     assert rows[-1]["metrics"]["KL new"] == [0.0] and [row["arm"] for row in rows] == names
+    looks, _ = files.read(tmp_path / "real_model_runs" / "offline, seed 0" / "metrics.jsonl")
+    assert "teacher_accuracy" in looks[0]
     text = (tmp_path / "real_model_answers" / "sdft, paraphrased, seed 0.json").read_text()
     kept = [fact["paraphrases"][1] for fact in real_model.load_rows("facts")]
     assert [answer["question"] for answer in json.loads(text)["paraphrase"]] == kept
