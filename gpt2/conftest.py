@@ -105,6 +105,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def same(a, b, **tolerance):
+    """Bit for bit, if no tolerance is named."""
+    torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
+
+
 def metrics(out, *without):
     """metrics.jsonl without what the clock wrote."""
     skip = ("tokens_per_s", "seconds", *without)

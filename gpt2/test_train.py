@@ -15,7 +15,7 @@ import torch
 
 from data import files
 from gpt2 import checkpoint, evaluate, fast, train
-from gpt2.checkpoint import RUN_FILES, TOKENIZER_FILES, WEIGHT_FILES, load_model, run_checkpoints
+from gpt2.checkpoint import load_model, run_checkpoints
 from gpt2.conftest import (
     EOS,
     ROOT,
@@ -27,20 +27,14 @@ from gpt2.conftest import (
     metrics,
     read,
     resume,
+    same,
     small_gpt,
     weights,
     write_rows,
 )
 from gpt2.data import RowReader, load_encoding, minibatch, pad_right
 from model import GPT
-from sdft import (
-    clip_and_step,
-    completion_logits,
-    implicit_reward,
-    sft_loss,
-    teacher_context,
-    token_divergence,
-)
+from sdft import clip_and_step, completion_logits, implicit_reward, sft_loss, token_divergence
 
 
 def start(*argv):
@@ -51,15 +45,11 @@ def start(*argv):
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 
 
-def same(a, b, **tolerance):
-    torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, base, data):
-    """An uninterrupted run of eight steps."""
+    """An uninterrupted run of six steps."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    train.main(flags(base, data, out, steps=8))
+    train.main(flags(base, data, out, steps=6))
     return out
 
 
@@ -67,6 +57,8 @@ def assert_same_run(out, whole):
     same(weights(out), weights(whole))
     assert metrics(out) == metrics(whole)
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    for name in ("base", "final"):
+        assert read(out / "results.json")[name] == read(whole / "results.json")[name]
 
 
 # --- Every flag reaches what it names -------------------------------------------------------------
@@ -101,20 +93,30 @@ def direct_steps(method, rows, student, teacher):
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_every_flag_reaches_what_it_names(method, tmp_path, base, data):
+def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypatch):
     """Updates, log, scores, samples and checkpoints, against direct calls of the functions."""
     out, template = tmp_path / "out", tmp_path / "t.txt"
     template.write_text("{article} or {demonstration}? {prompt}")
     test = write_rows(tmp_path / "test.jsonl", [{"prompt": "Of 5?\n", "answer": "5"}])
     numbers = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
     more = ["--teacher_template", template, "--test", test, "--method", method]
+    hidden, n_rows = GPT.hidden, set()
+
+    def counted(model, tokens, *rest):
+        n_rows.update([len(tokens)] if torch.is_grad_enabled() else [])
+        return hidden(model, tokens, *rest)
+
+    monkeypatch.setattr(GPT, "hidden", counted)
     train.main(flags(base, data, out, *numbers, *more))
+    monkeypatch.undo()
+    assert n_rows == {1, 2}  # of three, two in a pass that keeps activations
+
     reader, first = RowReader(load_encoding(base), 320, 7, template.read_text()), load_model(base)
     sets = {"train": reader.read(data / "train.jsonl", reader.training)}
     sets |= {"test": reader.read(test, reader.task)}
     sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
     sets |= {"prior": reader.read(data / "prior.jsonl", reader.prior)}
-    student = fast.lean(load_model(base))
+    student = fast.save_memory(load_model(base))
     teacher = copy.deepcopy(student).requires_grad_(False)
     steps = list(direct_steps(method, sets["train"], student, teacher))
 
@@ -145,17 +147,28 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data):
         assert row["eval"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
         assert (row["new"], row["prior"]) == (row["eval"]["lenient"], row["eval"]["prior_acc"])
     assert looks[0]["eval"]["kl_to_base"] == 0 < looks[2]["eval"]["kl_to_base"]
-    samples = [row for row in lines(out / "samples.jsonl") if row["step"] == 5]
-    assert {row["divergence"] for row in samples} == {"jsd"} and len(samples) == 4
-    judge = (teacher, "teacher_ids") if method == "sdft" else (first, "teacher_ids")
+    assert read(out / "results.json")["final"] == looks[2]["eval"]
+
+    samples = lines(out / "samples.jsonl")
+    watched = [row["prompt_ids"] for row in [*sets["train"], sets["prior"][1]]]
+    streams = fast.row_generators(7, 0, range(7), "cpu")
+    completions, mask = fast.rollout(first, watched, 7, EOS, 0.8, streams)
+    for i, place in enumerate((0, 1, 2, 6)):  # three training rows and the prior question
+        said = [token["id"] for token in samples[i]["tokens"]]
+        assert said == completions[place][mask[place]].tolist()
+    samples = [row for row in samples if row["step"] == 5]
+    assert {row["divergence"] for row in samples} == {"jsd"}
+    assert [row["role"] for row in samples] == ["student"] * 4  # the teacher's are of step 0
+    judge = teacher if method == "sdft" else first
     for row, sample in zip(sets["train"], samples[:3]):
         ids = torch.tensor([[token["id"] for token in sample["tokens"]]])
-        p, q = (completion_logits(m, [row[k]], ids) for m, k in ((student, "prompt_ids"), judge))
+        p = completion_logits(student, [row["prompt_ids"]], ids)
+        q = completion_logits(judge, [row["teacher_ids"]], ids)
         numbers = torch.stack([token_divergence(p, q, "jsd")[0], implicit_reward(p, q, ids)[0]], 1)
         found = [[token["divergence"], token["reward"]] for token in sample["tokens"]]
         same(torch.tensor(found), numbers.detach(), rtol=0.02, atol=2e-3)
-        assert sample["teacher_prompt"] == row["teacher_prompt"]
-    assert read(out / "results.json")["final"] == looks[2]["eval"]
+        for name in ("prompt", "teacher_prompt", "demonstration"):
+            assert sample[name] == row[name]
 
 
 def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
@@ -176,31 +189,10 @@ def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
         assert sets["train"][0]["teacher_prompt"] == "An A.\n\nOf data?\n"
 
 
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_micro_batch_limits_the_rows_of_a_pass(method, tmp_path, base, data, monkeypatch):
-    """No result shows it, as only memory changes: rows of the passes that keep activations."""
-    hidden, score, rows, sizes = GPT.hidden, evaluate.evaluate, set(), set()
-
-    def counted(model, tokens, *more):
-        if torch.is_grad_enabled():
-            rows.add(len(tokens))
-        return hidden(model, tokens, *more)
-
-    def scored(model, sets, enc, max_new_tokens, batch_size, *more):
-        sizes.add(batch_size)
-        return score(model, sets, enc, max_new_tokens, batch_size, *more)
-
-    monkeypatch.setattr(GPT, "hidden", counted)
-    monkeypatch.setattr(evaluate, "evaluate", scored)
-    more = ["--method", method, "--micro_batch", 3]  # of four rows
-    train.main(flags(base, data, tmp_path / "out", *more, steps=1))
-    assert rows == {1, 3} and sizes == {3}
-
-
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
 def test_the_teacher_follows_its_flag(name, alpha, tmp_path, whole, data):
     """φ = α θ + (1 - α) φ after one step, from the first run's student on; frozen is not saved."""
-    more = ["--teacher", name, "--ema_alpha", 0.25, "--eval_every", 9]
+    more = ["--teacher", name, "--ema_alpha", 0.25]
     train.main(flags(whole, data, tmp_path / "out", *more, steps=1))
     before, saved = weights(whole), last_checkpoint(tmp_path / "out")
     student, teacher = saved["student"], saved["teacher"]
@@ -211,15 +203,14 @@ def test_the_teacher_follows_its_flag(name, alpha, tmp_path, whole, data):
 
 
 def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data, capsys):
-    """--base and --old; before its first step the KL is what the first stage left; --report."""
+    """--base and --old, at a rate of 0: the KL is what the first stage left; --report."""
     second, old = tmp_path / "second", data / "ood.jsonl"
     more = ["--base", base, "--lr", 0, "--old", old, "--test", old, "--method", "sft"]
     train.main(flags(whole, data, second, *more, steps=1))
     reader = RowReader(load_encoding(base), 320, 6)
     sets = {"train": [], "test": reader.read(old, reader.task), "ood": [], "prior": []}
-    kl = evaluate.evaluate(load_model(whole), sets, reader.enc, 6, 4, load_model(base))[
-        "kl_to_base"
-    ]
+    models = load_model(whole), load_model(base)
+    kl = evaluate.evaluate(models[0], sets, reader.enc, 6, 4, models[1])["kl_to_base"]
     results = read(second / "results.json")
     for when in ("base", "final"):
         assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
@@ -229,31 +220,13 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
     words = shlex.split(results["command"])
     assert words[:3] == ["python", "-m", "gpt2.train"]
     assert vars(train.parse_args(words[3:])) == results["config"]
+    samples = [row for row in lines(second / "samples.jsonl") if row["role"] == "student"]
+    before, after = ([r["response"] for r in samples if r["step"] == step] for step in (0, 1))
+    assert before == after  # the same random numbers at every look
     capsys.readouterr()
     train.main(["--report", str(whole), str(second)])
     table = capsys.readouterr().out
-    assert "sdft, 8 steps" in table and "sft, 1 steps" in table and f"| old {old} |" in table
-
-
-def test_samples_are_of_the_same_prompts_and_random_numbers(tmp_path, base, data):
-    """Three training rows and the prior question at every look; the teacher's before training."""
-    said = {}
-    for seed in (0, 1):  # a rate of 0: the model stays as it is
-        out = tmp_path / str(seed)
-        train.main(flags(base, data, out, "--lr", 0, "--seed", seed, steps=3))
-        for row in lines(out / "samples.jsonl"):
-            said.setdefault((seed, row["step"], row["role"]), []).append(row)
-    for step in (0, 2, 3):
-        *new, prior = said[0, step, "student"]
-        assert [row["prompt"] for row in new] == [f"What is {i}?\n" for i in range(3)]
-        assert (new[1]["expected"], new[1]["demonstration"]) == ("1", "It is 1 x")
-        template = teacher_context("What is 1?\n", "It is 1 x", "Article 1.")
-        assert new[1]["teacher_prompt"] == template
-        assert prior["prompt"] == prior["teacher_prompt"] == "one, two"
-        assert (prior["expected"], prior["demonstration"]) == (", three", "")
-    responses = {key: [row["response"] for row in rows] for key, rows in said.items()}
-    assert responses[0, 0, "student"] == responses[0, 3, "student"] != responses[1, 0, "student"]
-    assert (0, 0, "teacher") in said and (0, 3, "teacher") not in said
+    assert "sdft, 6 steps" in table and "sft, 1 steps" in table and f"| old {old} |" in table
 
 
 def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch, capsys):
@@ -285,65 +258,44 @@ def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch, 
 # --- A run goes on --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save_every", [2, 3], ids=["at a checkpoint", "after one"])
-def test_a_killed_run_resumes_bit_for_bit(save_every, tmp_path, base, data, whole, monkeypatch):
-    """Killed while step 4 writes its metrics; a log has a line cut off, and is ahead."""
-    out, append = tmp_path / "out", files.append
+@pytest.mark.parametrize("at", [("samples.jsonl", 0), ("samples.jsonl", 4), ("results.json", 6)])
+def test_a_killed_run_resumes_bit_for_bit(at, tmp_path, base, data, whole, monkeypatch):
+    """In the base's evaluation, after a checkpoint, at the end; a log is ahead, a line cut off."""
+    out, append, write = tmp_path / "out", files.append, checkpoint.write_json
 
     def killed(path, rows):
-        append(path, rows)
-        if rows[0]["step"] == 4 and path.name == "samples.jsonl":
-            append(path, rows)
+        if path.name == "results.json" == at[0]:
+            raise Killed
+        (append if type(rows) is list else write)(path, rows)
+        if (path.name, rows[0]["step"] if type(rows) is list else None) == at:
             with open(path, "a") as f:
                 f.write('{"step": 4, "pro')
             raise Killed
 
     monkeypatch.setattr(files, "append", killed)
+    monkeypatch.setattr(checkpoint, "write_json", killed)
     with pytest.raises(Killed):  # without a checkpoint, --resume starts
-        train.main(flags(base, data, out, "--save_every", save_every, "--resume", steps=8))
+        train.main(flags(base, data, out, "--resume", steps=6))
     monkeypatch.undo()
     resume(out)  # the settings come from the checkpoint
     assert_same_run(out, whole)
+    if at[0] == "results.json":
+        resume(out)  # a finished run repeats no line
+        assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("at", ["samples.jsonl", "metrics.jsonl", "results.json", "config.json"])
-def test_a_run_killed_at_its_start_or_end_goes_on(at, tmp_path, base, data, whole, monkeypatch):
-    """During the base's evaluation, and after the last checkpoint."""
-    out, append, write = tmp_path / "out", files.append, checkpoint.write_json
-
-    def killed(path, rows):
-        if path.name == at:
-            raise Killed
-        (append if type(rows) is list else write)(path, rows)
-
-    monkeypatch.setattr(files, "append", killed)
-    monkeypatch.setattr(checkpoint, "write_json", killed)
-    with pytest.raises(Killed):
-        train.main(flags(base, data, out, steps=8))
-    monkeypatch.undo()
-    resume(out)
-    assert_same_run(out, whole)
-    for name in ("base", "final"):
-        assert read(out / "results.json")[name] == read(whole / "results.json")[name]
-    resume(out)  # a finished run repeats no line
-    assert_same_run(out, whole)
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_and_saves(
-    name, tmp_path, base, data, whole, monkeypatch, capsys
-):
+def test_a_signal_finishes_the_step_and_saves(tmp_path, base, data, whole, monkeypatch, capsys):
     """It comes in the middle of step 3; --resume then repeats the uninterrupted run."""
     out, update = tmp_path / "an out", train.update
 
     def interrupted(run, rows, generators):
         if run.step == 2:
-            signal.raise_signal(getattr(signal, name))
+            signal.raise_signal(signal.SIGTERM)
         return update(run, rows, generators)
 
     monkeypatch.setattr(train, "update", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train.main(flags(base, data, out, "--save_every", 100, steps=8))
+        train.main(flags(base, data, out, "--save_every", 100, steps=6))
     assert stopped.value.code == 130 and last_checkpoint(out)["step"] == 3
     again = capsys.readouterr().out.splitlines()[-1].split("go on with: python -m gpt2.train ")[1]
     monkeypatch.undo()
@@ -355,8 +307,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, base, data, monkeypatch):
     """Both in step 3, which is lost; --resume goes on from the checkpoint of step 2."""
 
     def interrupted(run, rows, generators):
-        if run.step == 2:
-            signal.raise_signal(signal.SIGINT)
+        for _ in range(2 if run.step == 2 else 0):
             signal.raise_signal(signal.SIGINT)
         return update(run, rows, generators)
 
@@ -379,16 +330,6 @@ def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
     step = int(re.search(r"stopped after step (\d+), saved; go on with: ", printed)[1])
     assert process.returncode == 130 and errors == ""
     assert r"\xe9" in printed and last_checkpoint(out)["step"] == step
-
-
-def test_ctrl_c_during_the_imports_is_quiet(tmp_path, monkeypatch):
-    """PyTorch takes seconds to import; here a file that sleeps has its name."""
-    (tmp_path / "torch.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    process = start("-m", "gpt2.train", "--help")
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_two_processes_make_the_update_of_one(tmp_path, base, data):
@@ -424,7 +365,7 @@ def test_data_may_come_from_a_pipe(tmp_path, base, data):
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*RUN_FILES, *WEIGHT_FILES, *TOKENIZER_FILES])
+@pytest.mark.parametrize("name", ["results.json", "model.safetensors", "vocab.json"])
 def test_a_new_run_overwrites_nothing(name, tmp_path, base, data):
     """Nor does --resume, which starts where there is no checkpoint."""
     (tmp_path / name).write_text("precious")
@@ -434,12 +375,9 @@ def test_a_new_run_overwrites_nothing(name, tmp_path, base, data):
     assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["folder", "new folder"])
-def test_a_run_has_its_folder_to_itself(there, tmp_path, base, data, monkeypatch):
+def test_a_run_has_its_folder_to_itself(tmp_path, base, data, monkeypatch):
     """Two would mix their logs and delete each other's checkpoints. The end frees the folder."""
     out, update, tried = tmp_path / "out", train.update, []
-    if there:
-        out.mkdir()
 
     def second(run, rows, generators):
         with pytest.raises(ValueError, match="another run is writing to .*out; wait for its end"):
@@ -449,8 +387,6 @@ def test_a_run_has_its_folder_to_itself(there, tmp_path, base, data, monkeypatch
         return update(run, rows, generators)
 
     monkeypatch.setattr(train, "update", second)
-    with checkpoint.locked(out):
-        assert "another run" in error_of(*flags(base, data, out)) and out.exists()
     train.main(flags(base, data, out, steps=1))
     with checkpoint.locked(out):
         assert tried == [0] and "another run" in error_of("--resume", "--out_dir", out)
@@ -461,8 +397,7 @@ def test_resume_keeps_the_settings(tmp_path, base, data, whole):
     for rate in ("0.5", "1e-05"):
         assert f"--lr {rate} differs" in error_of("--resume", "--out_dir", whole, "--lr", rate)
     assert "already holds a run" in error_of(*flags(base, data, whole))
-    nothing = error_of("--resume", "--out_dir", tmp_path / "empty")
-    assert "no checkpoint in" in nothing and "--data is missing" in nothing
+    assert "--data is missing, and" in error_of("--resume", "--out_dir", tmp_path / "empty")
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(base, source)
     train.main(flags(source, data, out, steps=1))
@@ -470,26 +405,13 @@ def test_resume_keeps_the_settings(tmp_path, base, data, whole):
     assert "does not fit --init_from" in error_of("--resume", "--out_dir", out)
 
 
-@pytest.mark.parametrize("value", [None, 1e999])
-def test_odd_values_in_a_log_do_no_harm(value, tmp_path, whole):
-    """--resume takes the numbers of earlier evaluations from it."""
-    out = shutil.copytree(whole, tmp_path / "out")
-    rows = lines(out / "metrics.jsonl")
-    odd = [dict.fromkeys([*row, "eval"], value) | {"step": row["step"]} for row in rows]
-    write_rows(out / "metrics.jsonl", odd)
-    resume(out)
-    assert lines(out / "metrics.jsonl")[-1]["eval"] == read(out / "results.json")["final"]
-
-
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_an_explosion_keeps_the_last_checkpoints(method, tmp_path, base, data, monkeypatch):
+def test_an_explosion_keeps_the_last_checkpoints(tmp_path, base, data, monkeypatch):
     """A rate of 1e30 in step 4 saves weights of 1e30, which end every step after it."""
     out = tmp_path / "out"
     monkeypatch.setattr(train, "learning_rate", lambda step, _: 1e30 if step == 3 else 1e-3)
-    argv = flags(base, data, out, "--method", method, "--eval_every", 9, steps=6)
-    message = error_of(*argv)
+    message = error_of(*flags(base, data, out, "--eval_every", 9, steps=6))
     older, newest = run_checkpoints(out)
-    assert [int(file.stem) for file in (older, newest)] == [2, 4] and "step 5: " in message
+    assert [int(file.stem) for file in (older, newest)] == [2, 4]
     assert error_of("--resume", "--out_dir", out) == message
     assert f"if --resume ends here again, delete the newest file in {out}/checkpoints" in message
     newest.unlink()
@@ -504,7 +426,7 @@ def test_full_memory_is_called_so(tmp_path, base, data, monkeypatch):
     assert "memory is full; lower --micro_batch" in error_of(*flags(base, data, tmp_path / "out"))
 
 
-WRONG = [("--lr", value) for value in ("nan", "ten", "", "inf")] + [("--steps", "1.5")]
+WRONG = [("--lr", value) for value in ("nan", "ten", "inf")] + [("--steps", "1.5")]
 WRONG += [(f"--{name}", "-1") for name in CHANGED] + [("--lora_rank", "0"), ("--lora_alpha", "0")]
 WRONG += [("--teacher", "other"), ("--no_such_flag", "1"), ("--step", "1"), ("--out_dir", "")]
 WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
@@ -519,43 +441,28 @@ def test_every_wrong_value_is_named(capsys):
         assert stopped.value.code == 2 and "error: " in last and flag in last, (flag, value, last)
 
 
-@pytest.mark.parametrize(
-    "flag, value, word",
-    [
-        *((f"--{name}", "nope", "nope (No such file") for name in ("data", "test", "ood", "eval")),
-        *((f"--{name}", "nope", "nope (No such file") for name in ("old", "teacher_template")),
-        ("--data", ROOT, f"{ROOT} (Is a directory)"),
-        ("--data", os.devnull, "no rows"),
-        ("--init_from", "nowhere", "cannot load nowhere"),
-        ("--base", "nowhere", "cannot load nowhere"),
-        ("--device", "abacus", "--device abacus"),
-        ("--device", "meta", "--device meta"),
-        ("--out_dir", ROOT / "LICENSE" / "x", "LICENSE"),
-        ("--max_new_tokens", 400, "n_positions"),
-    ],
-)
-def test_a_wrong_name_ends_in_one_sentence(flag, value, word, tmp_path, base, data, monkeypatch):
-    """And nothing is written. A missing file is told before the model is read."""
-    if value == "nope":
-        monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("the model was read"))
-    assert word in error_of(*flags(base, data, tmp_path / "out", flag, value))
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_does_not_fit_together_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
-    """Before anything is written: models, data and processes."""
+def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
+    """And nothing is written: files, models, data, processes."""
     argv, row = flags(base, data, tmp_path / "out"), {"prompt": "Q\n", "demonstration": "D"}
     checkpoint.save_model(small_gpt(vocab_size=300), tmp_path / "odd")
-    assert "--base" in error_of(*argv, "--base", tmp_path / "odd")
-    checkpoint.save_model(small_gpt(vocab_size=200), tmp_path / "small")
-    shutil.copy(base / "vocab.json", tmp_path / "small")
-    shutil.copy(base / "merges.txt", tmp_path / "small")
-    assert "vocabulary of 200" in error_of(*argv, "--init_from", tmp_path / "small")
-    unscored = ["--data", write_rows(tmp_path / "d.jsonl", [row]), "--keep", "best"]
-    assert "--keep best needs a score" in error_of(*argv, *unscored)
-    sizes = {("x", "1"): "unset both", ("1", "1"): "unset both", ("0", "3"): "multiple of the 3"}
-    for (rank, size), word in (sizes | {("0", "2"): "MASTER_ADDR"}).items():  # without torchrun
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", size)
-        assert word in error_of(*argv)
-    assert not (tmp_path / "out").exists()
+    small = shutil.copytree(base, tmp_path / "small")
+    checkpoint.save_model(small_gpt(vocab_size=200), small)
+    names = ("data", "test", "ood", "eval", "old", "teacher_template")
+    wrong = [([f"--{name}", "nope"], "nope (No such file") for name in names]
+    wrong += [
+        (["--data", ROOT], f"{ROOT} (Is a directory)"),
+        (["--data", os.devnull], "no rows"),
+        (["--init_from", "nowhere"], "cannot load nowhere"),
+        (["--init_from", small], "vocabulary of 200"),
+        (["--base", tmp_path / "odd"], "--base must have"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta"),
+        (["--out_dir", ROOT / "LICENSE" / "x"], "LICENSE"),
+        (["--max_new_tokens", 400], "n_positions"),
+        (["--data", write_rows(tmp_path / "d", [row]), "--keep", "best"], "needs a score"),
+    ]
+    for more, word in wrong:
+        assert word in error_of(*argv, *more), more
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    assert "multiple of the 3" in error_of(*argv) and not (tmp_path / "out").exists()
