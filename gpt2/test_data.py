@@ -5,11 +5,9 @@ import random
 import re
 
 import pytest
-import tiktoken
 
-from data.scoring import contains
 from gpt2 import data as data_file
-from gpt2.conftest import BYTES, EOS, ROOT, write_rows, write_vocabulary
+from gpt2.conftest import BYTES, EOS, write_rows, write_vocabulary
 from gpt2.data import TEMPLATES, RowReader, batches, load_encoding, minibatch, pad_right
 from sdft import teacher_context
 
@@ -45,13 +43,6 @@ def test_the_end_token_must_be_the_last(eos, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     with pytest.raises(ValueError, match=r"vocab.json .*endoftext.* as the last token"):
         load_encoding(tmp_path)
-
-
-def test_without_network_the_cache_folder_is_named(monkeypatch):
-    """tiktoken's own error does not tell what to do."""
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
-    with pytest.raises(OSError, match="network.*TIKTOKEN_CACHE_DIR"):
-        load_encoding(None)
 
 
 def test_special_tokens_in_data_are_text(tmp_path):
@@ -201,19 +192,3 @@ def test_batches_split_what_does_not_fit_together():
         assert len(prompts) <= 8 and max(map(len, prompts)) + max(map(len, completions)) <= 20
     tokens, mask = pad_right([[1, 2, 3], [4]], 256, "cpu")
     assert tokens.tolist() == [[1, 2, 3], [4, 256, 256]] and mask.sum(1).tolist() == [3, 1]
-
-
-def test_the_shipped_data_is_valid():
-    """Every fact can be learned from its article, and no test question is trained on."""
-
-    def load(name, kind):
-        return read(ROOT / "data" / f"{name}.jsonl", kind, block_size=4096, max_new_tokens=64)
-
-    rows = load("facts", "training") + load("units", "training")
-    assert all(contains(row["demonstration"], row["answer"]) for row in rows) and len(rows) == 48
-    for line in (ROOT / "data" / "facts.jsonl").read_text(encoding="utf-8").splitlines():
-        assert contains(json.loads(line)["article"], json.loads(line)["answer"])
-    prior = load("prior", "prior")
-    assert [sum(key in row for row in prior) for key in ("answer_ids", "text_ids")] == [24, 8]
-    tests = load("facts_ood", "task") + load("units_test", "task")
-    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in tests}

@@ -1,6 +1,5 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
-import copy
 import os
 import re
 import shlex
@@ -8,12 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 
-from data import files
+from data import files, watch
 from gpt2 import checkpoint, evaluate, fast, train
 from gpt2.checkpoint import load_model, run_checkpoints
 from gpt2.conftest import (
@@ -32,9 +30,7 @@ from gpt2.conftest import (
     weights,
     write_rows,
 )
-from gpt2.data import RowReader, load_encoding, minibatch, pad_right
-from model import GPT
-from sdft import clip_and_step, completion_logits, implicit_reward, sft_loss, token_divergence
+from gpt2.data import RowReader, load_encoding, minibatch
 
 
 def start(*argv):
@@ -72,66 +68,53 @@ COSINE = [1, 0.9045084972, 0.6545084972, 0.3454915028, 0.0954915028]
 RATES = [2e-3 * warm_up * cosine for warm_up, cosine in zip(WARM_UP, COSINE)]
 
 
-def direct_steps(method, rows, student, teacher):
-    """CHANGED's five updates by calls of the functions; loss and info of each."""
-    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.5, fused=True)
-    for step, optimizer.param_groups[0]["lr"] in enumerate(RATES):
-        batch = [rows[i] for i in minibatch(len(rows), 3, step, 7)]
-        prompts = [row["prompt_ids"] for row in batch]
-        if method == "sft":
-            tokens, mask = pad_right([row["demonstration_ids"] for row in batch], EOS, "cpu")
-            loss = sft_loss(completion_logits(student, prompts, tokens), tokens, mask)
-            loss.backward()
-            clip_and_step(student, optimizer, loss.item(), 0.05)
-            yield loss.item(), {"mask": mask}
-        else:
-            settings = dict(divergence="jsd", alpha=0.3, temperature=0.8, grad_clip=0.05)
-            settings |= dict(skip_tokens=1, micro_batch=2)
-            settings |= dict(generators=fast.row_generators(7, step, range(3), "cpu"))
-            inputs = prompts, [row["teacher_ids"] for row in batch], 7, EOS
-            yield fast.train_step(student, teacher, optimizer, *inputs, **settings)
-
-
 @pytest.mark.parametrize("method", ["sdft", "sft"])
 def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypatch):
-    """Updates, log, scores, samples and checkpoints, against direct calls of the functions."""
-    out, template = tmp_path / "out", tmp_path / "t.txt"
+    """Updates, log, scores, samples and checkpoints, against the calls of the functions."""
+    out, template, called = tmp_path / "out", tmp_path / "t.txt", {}
     template.write_text("{article} or {demonstration}? {prompt}")
     test = write_rows(tmp_path / "test.jsonl", [{"prompt": "Of 5?\n", "answer": "5"}])
     numbers = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
     more = ["--teacher_template", template, "--test", test, "--method", method]
-    hidden, n_rows = GPT.hidden, set()
+    for module, name in ((fast, "train_step"), (fast, "sft_step"), (watch, "look")):
 
-    def counted(model, tokens, *rest):
-        n_rows.update([len(tokens)] if torch.is_grad_enabled() else [])
-        return hidden(model, tokens, *rest)
+        def spied(*inputs, f=getattr(module, name), name=name, **options):
+            called.setdefault(name, []).append((inputs, options, f(*inputs, **options)))
+            return called[name][-1][2]
 
-    monkeypatch.setattr(GPT, "hidden", counted)
+        monkeypatch.setattr(module, name, spied)
     train.main(flags(base, data, out, *numbers, *more))
-    monkeypatch.undo()
-    assert n_rows == {1, 2}  # of three, two in a pass that keeps activations
 
     reader, first = RowReader(load_encoding(base), 320, 7, template.read_text()), load_model(base)
     sets = {"train": reader.read(data / "train.jsonl", reader.training)}
     sets |= {"test": reader.read(test, reader.task)}
     sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
     sets |= {"prior": reader.read(data / "prior.jsonl", reader.prior)}
-    student = fast.save_memory(load_model(base))
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    steps = list(direct_steps(method, sets["train"], student, teacher))
-
-    # SFT micro-batches are summed above at once, so that Adam sees other roundings.
-    close = dict(rtol=1e-4, atol=1e-6) if method == "sdft" else dict(rtol=0, atol=2e-4)
+    steps = called["train_step" if method == "sdft" else "sft_step"]
+    assert len(steps) == 5
+    for step, (inputs, options, _) in enumerate(steps):
+        batch = [sets["train"][i] for i in minibatch(6, 3, step, 7)]
+        of_batch = lambda name: [row[name] for row in batch]
+        if method == "sft":
+            targets = of_batch("prompt_ids"), of_batch("demonstration_ids")
+            assert inputs[2:] == (*targets, EOS, 0.05, 2) and not options
+        else:
+            assert inputs[3:] == (of_batch("prompt_ids"), of_batch("teacher_ids"), 7, EOS)
+            expected = fast.row_generators(7, step, range(3), "cpu")
+            for stream, other in zip(options.pop("generators"), expected, strict=True):
+                assert stream.initial_seed() == other.initial_seed()
+            settings = dict(divergence="jsd", alpha=0.3, temperature=0.8, grad_clip=0.05)
+            settings |= dict(skip_tokens=1, micro_batch=2, rollout_dtype=torch.float32)
+            assert options == settings
     saved = last_checkpoint(out)
-    same(saved["student"], student.state_dict(), **close)
-    same(saved["teacher"], teacher.state_dict() if method == "sdft" else {}, **close)
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
 
     rows = [row for row in metrics(out) if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 5]
     for row in rows:
-        loss, info = steps[row["step"] - 1]
-        assert row["loss"] == pytest.approx(loss, rel=1e-3)
+        loss, info = steps[row["step"] - 1][2]
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
         assert row["length"] == pytest.approx(info["mask"].sum().item() / 3)
         assert row["lr"] == pytest.approx(RATES[row["step"] - 1], rel=1e-5)
         if method == "sdft":  # its divergence is a mean over the tokens with loss
@@ -142,33 +125,27 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
 
     looks = [row for row in metrics(out) if "eval" in row]
     assert [row["step"] for row in looks] == [0, 3, 5]
-    for row, model, kl_base in ((looks[0], first, None), (looks[2], student, first)):
+    for row, model, kl_base in ((looks[0], first, None), (looks[2], load_model(out), first)):
         expected = evaluate.evaluate(model, sets, reader.enc, 7, 2, kl_base)
         assert row["eval"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
         assert (row["new"], row["prior"]) == (row["eval"]["lenient"], row["eval"]["prior_acc"])
     assert looks[0]["eval"]["kl_to_base"] == 0 < looks[2]["eval"]["kl_to_base"]
     assert read(out / "results.json")["final"] == looks[2]["eval"]
 
-    samples = lines(out / "samples.jsonl")
+    inputs, options, (_, samples) = called["look"][-1]
+    assert inputs[3] == evaluate.rows_to_watch(sets, 313) and options["step"] == 5
+    assert (options["divergence"], options["temperature"]) == ("jsd", 0.8)
+    models = [weights(out), saved["teacher"] or None, first.state_dict()]
+    for model, state in zip(inputs, models):
+        assert (state is None) == (model is None)
+        same(model and model.wte.weight.data, state and state["wte.weight"])
+    assert samples == lines(out / "samples.jsonl")[-4:] and len(samples) == 4
     watched = [row["prompt_ids"] for row in [*sets["train"], sets["prior"][1]]]
     streams = fast.row_generators(7, 0, range(7), "cpu")
-    completions, mask = fast.rollout(first, watched, 7, EOS, 0.8, streams)
-    for i, place in enumerate((0, 1, 2, 6)):  # three training rows and the prior question
-        said = [token["id"] for token in samples[i]["tokens"]]
+    completions, mask = fast.rollout(load_model(out), watched, 7, EOS, 0.8, streams)
+    for sample, place in zip(samples, (0, 1, 2, 6)):  # three training rows and the prior question
+        said = [token["id"] for token in sample["tokens"]]
         assert said == completions[place][mask[place]].tolist()
-    samples = [row for row in samples if row["step"] == 5]
-    assert {row["divergence"] for row in samples} == {"jsd"}
-    assert [row["role"] for row in samples] == ["student"] * 4  # the teacher's are of step 0
-    judge = teacher if method == "sdft" else first
-    for row, sample in zip(sets["train"], samples[:3]):
-        ids = torch.tensor([[token["id"] for token in sample["tokens"]]])
-        p = completion_logits(student, [row["prompt_ids"]], ids)
-        q = completion_logits(judge, [row["teacher_ids"]], ids)
-        numbers = torch.stack([token_divergence(p, q, "jsd")[0], implicit_reward(p, q, ids)[0]], 1)
-        found = [[token["divergence"], token["reward"]] for token in sample["tokens"]]
-        same(torch.tensor(found), numbers.detach(), rtol=0.02, atol=2e-3)
-        for name in ("prompt", "teacher_prompt", "demonstration"):
-            assert sample[name] == row[name]
 
 
 def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
@@ -284,38 +261,27 @@ def test_a_killed_run_resumes_bit_for_bit(at, tmp_path, base, data, whole, monke
         assert_same_run(out, whole)
 
 
-def test_a_signal_finishes_the_step_and_saves(tmp_path, base, data, whole, monkeypatch, capsys):
-    """It comes in the middle of step 3; --resume then repeats the uninterrupted run."""
+@pytest.mark.parametrize("name, times", [("SIGTERM", 1), ("SIGINT", 2)])
+def test_signals_in_a_step(name, times, tmp_path, base, data, whole, monkeypatch, capsys):
+    """One finishes step 3 and saves; a second Ctrl-C loses it. --resume then repeats the run."""
     out, update = tmp_path / "an out", train.update
 
     def interrupted(run, rows, generators):
-        if run.step == 2:
-            signal.raise_signal(signal.SIGTERM)
+        for _ in range(times if run.step == 2 else 0):
+            signal.raise_signal(getattr(signal, name))
         return update(run, rows, generators)
 
     monkeypatch.setattr(train, "update", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train.main(flags(base, data, out, "--save_every", 100, steps=6))
+        train.main(flags(base, data, out, steps=6))
+    monkeypatch.undo()
+    if times == 2:
+        assert "--resume goes on" in stopped.value.code and last_checkpoint(out)["step"] == 2
+        return
     assert stopped.value.code == 130 and last_checkpoint(out)["step"] == 3
     again = capsys.readouterr().out.splitlines()[-1].split("go on with: python -m gpt2.train ")[1]
-    monkeypatch.undo()
     train.main(shlex.split(again))
     assert_same_run(out, whole)
-
-
-def test_a_second_ctrl_c_does_not_wait(tmp_path, base, data, monkeypatch):
-    """Both in step 3, which is lost; --resume goes on from the checkpoint of step 2."""
-
-    def interrupted(run, rows, generators):
-        for _ in range(2 if run.step == 2 else 0):
-            signal.raise_signal(signal.SIGINT)
-        return update(run, rows, generators)
-
-    update = train.update
-    monkeypatch.setattr(train, "update", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; .* --resume goes on"):
-        train.main(flags(base, data, tmp_path / "out"))
-    assert last_checkpoint(tmp_path / "out")["step"] == 2
 
 
 def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
@@ -354,14 +320,6 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data):
     assert printed.count("| base |") == 1 == printed.count("weights are")
 
 
-def test_data_may_come_from_a_pipe(tmp_path, base, data):
-    """It can be read once only; a second time would wait for ever."""
-    pipe, rows = tmp_path / "pipe", (data / "train.jsonl").read_bytes()
-    os.mkfifo(pipe)
-    threading.Thread(target=pipe.write_bytes, args=[rows], daemon=True).start()
-    train.main(flags(base, data, tmp_path / "out", "--data", pipe, steps=1))
-
-
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
@@ -375,21 +333,15 @@ def test_a_new_run_overwrites_nothing(name, tmp_path, base, data):
     assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
 
 
-def test_a_run_has_its_folder_to_itself(tmp_path, base, data, monkeypatch):
+def test_a_run_has_its_folder_to_itself(tmp_path, base, data):
     """Two would mix their logs and delete each other's checkpoints. The end frees the folder."""
-    out, update, tried = tmp_path / "out", train.update, []
-
-    def second(run, rows, generators):
-        with pytest.raises(ValueError, match="another run is writing to .*out; wait for its end"):
-            with checkpoint.locked(out):
-                pass
-        tried.append(run.step)
-        return update(run, rows, generators)
-
-    monkeypatch.setattr(train, "update", second)
+    out = tmp_path / "out"
+    with checkpoint.locked(out):
+        assert f"another run is writing to {out}" in error_of(*flags(base, data, out))
+    assert not out.exists()  # it was empty
     train.main(flags(base, data, out, steps=1))
     with checkpoint.locked(out):
-        assert tried == [0] and "another run" in error_of("--resume", "--out_dir", out)
+        assert "another run" in error_of("--resume", "--out_dir", out)
 
 
 def test_resume_keeps_the_settings(tmp_path, base, data, whole):
