@@ -3,9 +3,7 @@
     python -m gpt2.bench             # the phases of an update
     python -m gpt2.bench --peers     # transformers' generate and TRL's trainer beside ours
 
-Times are medians of several runs after one that does not count. A rollout is bound by reading all
-weights once per token: its rate is shown beside that at which the machine sums a large array.
-
+Times are medians of several runs after one that does not count.
 Beside the peers every response has its full length, and every update runs in a process of its own,
 whose peak memory is then its own. Our updates keep freed memory, as gpt2.train does; TRL's are
 shown without and with that.
@@ -117,10 +115,9 @@ def bench_update(args, student, device):
     """Print the table for args.batch_size rows, and responses of args.max_new_tokens tokens."""
     B, P, C = args.batch_size, 64, args.max_new_tokens
     rollout_dtype = train.rollout_dtype(args, device)
-    weights = sum(p.numel() for p in student.parameters())
     print(
         f"{device}, {machine()}\n"
-        f"{weights / 1e6:.0f}M parameters, arithmetic in {train.compute_dtype(args.dtype, device)}, rollout in {rollout_dtype}\n"
+        f"{args.init_from}, --dtype {args.dtype}, rollout in {rollout_dtype}\n"
         f"batch {B}, prompt {P}, teacher's prompt {2 * P}, completion {C} tokens\n",
         flush=True,
     )
@@ -142,15 +139,10 @@ def bench_update(args, student, device):
     rollout, scoring = median_seconds(roll_out), median_seconds(score)
     print("| phase | ms | share |\n|---|---:|---:|")
     phases = {"rollout": rollout, "scoring, loss, backward": scoring}
-    phases |= {"clipping, AdamW, EMA": update - rollout - scoring, "the update": update}
+    phases |= {"packing, clipping, AdamW, EMA": update - rollout - scoring, "the update": update}
     for phase, took in phases.items():
         print(f"| {phase} | {1e3 * took:,.0f} | {took / update:.0%} |")
-    x, read = torch.ones(2**27, device=device), weights * rollout_dtype.itemsize * C
-    bandwidth = 4 * len(x) / median_seconds(x.sum)
-    print(
-        f"\nrollout: {B * C / rollout:.0f} tokens/s; it reads weights at {read / rollout / 1e9:.1f} "
-        f"GB/s, and a sum of a large array reads {bandwidth / 1e9:.1f}\npeak memory: {peak:,.0f} MiB"
-    )
+    print(f"\nrollout: {B * C / rollout:.0f} tokens/s\npeak memory: {peak:,.0f} MiB")
 
 
 # --- Beside transformers and TRL ------------------------------------------------------------------
@@ -158,7 +150,7 @@ def bench_update(args, student, device):
 
 @torch.no_grad()
 def rollout_seconds(folder, dtype):
-    """Of transformers' generate and of ours, in turn; medians of three."""
+    """Of transformers' generate and of ours."""
     from transformers import GPT2LMHeadModel
 
     B, P, C = ROLLOUT
@@ -168,18 +160,15 @@ def rollout_seconds(folder, dtype):
     ours = fast.RolloutGPT.of(student, dtype)
     prompts = torch.randint(student.config.vocab_size, (B, P))
 
-    def generate(n):
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": n, "pad_token_id": 0}
+    def generate():
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
         theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
-    def roll_out(n):
+    def roll_out():
         generators = fast.row_generators(0, 0, range(B), "cpu")
-        fast.rollout(ours, prompts.tolist(), n, NO_END, 1.0, generators)
+        fast.rollout(ours, prompts.tolist(), C, NO_END, 1.0, generators)
 
-    for f in (generate, roll_out):
-        f(4)  # does not count
-    times = [[seconds(lambda: f(C)) for f in (generate, roll_out)] for _ in range(3)]
-    return [statistics.median(column) for column in zip(*times)]
+    return [median_seconds(f) for f in (generate, roll_out)]
 
 
 def update(label, folder, shape, steps=3):

@@ -209,7 +209,7 @@ class RowReader:
             raise ValueError(
                 f"{too_long[0]['where']}: context and response need {too_long[0]['need']} tokens "
                 f"or more, and the model has n_positions={self.block_size}; shorten the row, lower "
-                f"--max_new_tokens, or drop such rows ({len(too_long)} of {len(rows)}) by --skip_long"
+                f"--max_new_tokens, or drop such rows ({len(too_long)}) with --skip_long"
             )
         what = f"dropped rows that exceed n_positions={self.block_size} (--skip_long)"
         self.note(what, [row["where"] for row in too_long])

@@ -90,7 +90,7 @@ def perplexity(model, texts, eos_id, batch_size):
     """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
     nll, count = 0.0, 0
     for prompts, completions in batches(texts, batch_size, model.config.block_size):
-        tokens, mask = pad_right(completions, eos_id, device_of(model))
+        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
         log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
         nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()
         count += mask.sum().item()
@@ -101,21 +101,17 @@ def likeliest(model, questions, eos_id, batch_size):
     """For every (prompt, answer): is each token of the answer the likeliest one?"""
     right = []
     for prompts, answers in batches(questions, batch_size, model.config.block_size):
-        tokens, mask = pad_right(answers, eos_id, device_of(model))
+        tokens, mask = pad_right(answers, eos_id, next(model.parameters()).device)
         guesses = completion_logits(model, prompts, tokens).argmax(-1)  # (B, C)
         right += ((guesses == tokens) | ~mask).all(1).tolist()
     return right
-
-
-def device_of(model):
-    return next(model.parameters()).device
 
 
 # --- What data/watch.py looks at ------------------------------------------------------------------
 
 
 def rows_to_watch(sets, longest):
-    """The first training rows, and prior questions of at most `longest` tokens, for `watch.look`."""
+    """The first training rows and prior questions of at most `longest` tokens for `watch.look`."""
     rows = [row | {"kind": "new"} for row in sets["train"][:N_WATCHED]]
     for row in sets["prior"]:
         if "answer_ids" in row and len(row["prompt_ids"]) <= longest:

@@ -21,8 +21,8 @@ def test_bench_prints_every_phase(tmp_path, capsys, monkeypatch):
     flags = "--device cpu --batch_size 2 --max_new_tokens 8 --rollout_dtype bfloat16"
     bench.main(["--init_from", str(tmp_path), *flags.split()])
     printed = capsys.readouterr().out
-    phases = "rollout", "scoring, loss, backward", "clipping, AdamW, EMA", "the update"
-    for part in ("rollout in torch.bfloat16", "GB/s", *(f"| {phase} |" for phase in phases)):
+    phases = "rollout", "scoring, loss, backward", "packing, clipping, AdamW, EMA", "the update"
+    for part in ("rollout in torch.bfloat16", "tokens/s", *(f"| {phase} |" for phase in phases)):
         assert part in printed, part
 
 

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from data.scoring import contains
 from gpt2 import data as data_file
-from gpt2.conftest import BYTES, EOS, write_rows, write_vocabulary
+from gpt2.conftest import BYTES, EOS, ROOT, write_rows, write_vocabulary
 from gpt2.data import TEMPLATES, RowReader, batches, load_encoding, minibatch, pad_right
 from sdft import teacher_context
 
@@ -162,7 +163,7 @@ def test_a_row_may_fill_the_block_exactly(kind, row, settings, tokens, tmp_path)
     path, need = write_rows(tmp_path / "d.jsonl", [row]), len(tokens)
     assert len(read(path, kind, need, **settings)) == 1
     for skip in (False, True):  # Not all rows are dropped.
-        with pytest.raises(ValueError, match=rf"d.jsonl:1: .* {need} tokens.*\(1 of 1\) by --skip"):
+        with pytest.raises(ValueError, match=rf"d.jsonl:1: .* {need} tokens.*\(1\) with --skip"):
             read(path, kind, need - 1, skip_long=skip, **settings)
     reader = RowReader(BYTES, need, 8, skip_long=True, **settings)
     long = {name: "long " * 100 for name in row}
@@ -192,3 +193,11 @@ def test_batches_split_what_does_not_fit_together():
         assert len(prompts) <= 8 and max(map(len, prompts)) + max(map(len, completions)) <= 20
     tokens, mask = pad_right([[1, 2, 3], [4]], 256, "cpu")
     assert tokens.tolist() == [[1, 2, 3], [4, 256, 256]] and mask.sum(1).tolist() == [3, 1]
+
+
+def test_the_shipped_data_is_valid():
+    """Every row can be read, and a demonstration has its answer."""
+    kinds = {"facts": "training", "units": "training", "prior": "prior"}
+    for name, kind in (kinds | {"facts_ood": "task", "units_test": "task"}).items():
+        for row in read(ROOT / "data" / f"{name}.jsonl", kind, 4096):
+            assert kind != "training" or contains(row["demonstration"], row["answer"])

@@ -165,7 +165,7 @@ def test_rollout_model_shares_the_students_memory():
 @pytest.mark.parametrize("chunk", [4, 1000])
 @pytest.mark.parametrize("lengths", [[5, 2, 0, 3], [0, 0, 0, 0]], ids=["ragged", "no tokens"])
 def test_chunked_loss_equals_the_textbook_loss(divergence, chunk, lengths, monkeypatch):
-    """Loss, divergences and both gradients, all of them 0 without tokens; a teacher of any width."""
+    """Loss, divergences and both gradients, all 0 without tokens; a teacher of any width."""
     torch.manual_seed(0)
     hidden, head = torch.randn(4, 5, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     teacher = torch.randn(4, 5, 6), torch.randn(50, 6, requires_grad=True)

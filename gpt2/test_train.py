@@ -317,7 +317,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data):
     same(weights(two), weights(one), atol=3e-4)
     for a, b in zip(*(metrics(out, "eval", "warnings") for out in (two, one)), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    assert printed.count("| base |") == 1 == printed.count("weights are")
+    assert printed.count("| base |") == 1 == printed.count("rows, 4 a step")
 
 
 # --- Mistakes -------------------------------------------------------------------------------------

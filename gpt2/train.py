@@ -79,12 +79,8 @@ def parse_args(argv=None):
     # The method.
     p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="or SFT to compare")
     divergences, teachers = ("reverse", "forward", "jsd"), ("ema", "frozen", "live")
-    p.add_argument(
-        "--divergence", choices=divergences, default="reverse", help="reverse is Eq. (1)'s"
-    )
-    p.add_argument(
-        "--teacher", choices=teachers, default="ema", help="student's average, start, or student"
-    )
+    p.add_argument("--divergence", choices=divergences, default="reverse", help="reverse: Eq. (1)")
+    p.add_argument("--teacher", choices=teachers, default="ema", help="EMA, start or the student")
     p.add_argument("--ema_alpha", type=share, default=0.02, help="the student's share in the EMA")
     reads = p.add_mutually_exclusive_group()
     reads.add_argument(
@@ -409,12 +405,10 @@ def fine_tune(args, argv, rank, n_processes):
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     run = prepare(args, saved, device)
     run.argv, out = saved["argv"] if saved else argv, Path(args.out_dir)
-    n_trained = sum(w.numel() for w in lora.trained(run.student).values())
     print(
-        f"{args.method} from {args.init_from}: {n_trained / 1e6:.1f}M weights are trained, "
-        f"{len(run.sets['train'])} rows, {args.batch_size} a step, steps {run.step + 1} to {args.steps}\n"
-        f"device {device} x {n_processes}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {compute_dtype(args.dtype, device)}"
+        f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
+        f"a step, steps {run.step + 1} to {args.steps}, {compute_dtype(args.dtype, device)}\n"
+        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
     # The base's scores, and logs that end where the checkpoint does.
