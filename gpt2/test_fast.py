@@ -77,15 +77,6 @@ def test_rollout_equals_the_textbook_rollout(prompts, temperature, textbook_draw
     assert temperature != 1 or n == 2 or len(set(mask.sum(1).tolist())) > 1  # of various lengths
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
-    """Its uniforms are its own stream's, and padding changes nothing."""
-    model = tiny()
-    together, mask = fast.rollout(model, PROMPTS, 12, EOS, generators=streams())
-    for i, prompt in enumerate(PROMPTS):
-        alone, m = fast.rollout(model, [prompt], 12, EOS, generators=streams()[i : i + 1])
-        assert alone[0][m[0]].tolist() == together[i][mask[i]].tolist()
-
-
 def test_streams_differ_by_seed_step_and_place():
     """And are the same each time; a stream that ignored one of them would repeat its samples."""
     first = lambda *key: [torch.rand(1, generator=g).item() for g in fast.row_generators(*key, CPU)]

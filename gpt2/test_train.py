@@ -30,7 +30,7 @@ from gpt2.conftest import (
     weights,
     write_rows,
 )
-from gpt2.data import RowReader, load_encoding, minibatch
+from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch
 
 
 def start(*argv):
@@ -73,23 +73,31 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
     """Updates, log, scores, samples and checkpoints, against the calls of the functions."""
     out, template, called = tmp_path / "out", tmp_path / "t.txt", {}
     template.write_text("{article} or {demonstration}? {prompt}")
-    test = write_rows(tmp_path / "test.jsonl", [{"prompt": "Of 5?\n", "answer": "5"}])
+    rows = [{"prompt": prompt, "answer": "5"} for prompt in ("Of 5?\n", "Q" * 400)]
+    test = write_rows(tmp_path / "test.jsonl", rows)
     numbers = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
-    more = ["--teacher_template", template, "--test", test, "--method", method]
-    for module, name in ((fast, "train_step"), (fast, "sft_step"), (watch, "look")):
+    more = ["--test", test, "--method", method, "--skip_long", "--old", data / "ood.jsonl"]
+    reads = {"sdft": ("--teacher_template", template), "sft": ("--teacher_reads", "article")}
+    spies = (fast, "train_step"), (fast, "sft_step"), (watch, "look"), (evaluate, "evaluate")
+    for module, name in spies:
 
         def spied(*inputs, f=getattr(module, name), name=name, **options):
             called.setdefault(name, []).append((inputs, options, f(*inputs, **options)))
             return called[name][-1][2]
 
         monkeypatch.setattr(module, name, spied)
-    train.main(flags(base, data, out, *numbers, *more))
+    train.main(flags(base, data, out, *numbers, *more, *reads[method]))
+    monkeypatch.undo()
 
-    reader, first = RowReader(load_encoding(base), 320, 7, template.read_text()), load_model(base)
+    text = template.read_text() if method == "sdft" else TEMPLATES["article"]
+    reader = RowReader(load_encoding(base), 320, 7, text, skip_long=True)
+    first = load_model(base)
     sets = {"train": reader.read(data / "train.jsonl", reader.training)}
     sets |= {"test": reader.read(test, reader.task)}
     sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
     sets |= {"prior": reader.read(data / "prior.jsonl", reader.prior)}
+    sets |= {f"old {data / 'ood.jsonl'}": sets["ood"]}
+    assert all(inputs[1] == sets for inputs, *_ in called["evaluate"]) and len(sets["test"]) == 1
     steps = called["train_step" if method == "sdft" else "sft_step"]
     assert len(steps) == 5
     for step, (inputs, options, _) in enumerate(steps):
@@ -148,24 +156,6 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
         assert said == completions[place][mask[place]].tolist()
 
 
-def test_a_run_reads_each_set_from_its_flag(tmp_path, base):
-    """OOD measured on the test set would look like any other score. --test defaults to --data."""
-    argv, enc, long = ["--out_dir", "unused"], load_encoding(base), {"prompt": "Q" * 400}
-    for name in ("data", "test", "ood", "eval", "old"):
-        row = {"prompt": f"Of {name}?\n", "demonstration": "D", "answer": "A", "article": "An A."}
-        argv += [f"--{name}", str(write_rows(tmp_path / name, [row, row | long]))]
-    names = {"train": "data", "test": "test", "ood": "ood", "prior": "eval"}
-    names[f"old {tmp_path / 'old'}"] = "old"
-    with pytest.raises(ValueError, match="--skip_long"):
-        train.read_sets(train.parse_args(argv), enc, 320)
-    argv += ["--skip_long", "--teacher_reads", "article"]
-    for names, argv in ((names, argv), (names | {"test": "data"}, argv[:4] + argv[6:])):
-        sets = train.read_sets(train.parse_args(argv), enc, 320)
-        read_from = {name: [row["prompt"] for row in rows] for name, rows in sets.items()}
-        assert read_from == {name: [f"Of {flag}?\n"] for name, flag in names.items()}
-        assert sets["train"][0]["teacher_prompt"] == "An A.\n\nOf data?\n"
-
-
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
 def test_the_teacher_follows_its_flag(name, alpha, tmp_path, whole, data):
     """φ = α θ + (1 - α) φ after one step, from the first run's student on; frozen is not saved."""
@@ -192,6 +182,7 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
     for when in ("base", "final"):
         assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
         assert results[when][f"old {old}"] == results[when]["lenient"]
+    assert "exact" in read(whole / "results.json")["base"]  # of the rows of --data
     assert "as_teacher" in results["base"] and last_checkpoint(second)["teacher"] == {}
     assert (second / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
     words = shlex.split(results["command"])
