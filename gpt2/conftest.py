@@ -97,10 +97,6 @@ def weights(out):
     return checkpoint.load_model(str(out)).state_dict()
 
 
-def last_checkpoint(out):
-    return checkpoint.load_run(out)
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -1,5 +1,6 @@
 """What gpt2/lora.py guarantees: adapters over one set of frozen weights. CPU only, offline."""
 
+import copy
 import json
 
 import pytest
@@ -67,25 +68,19 @@ def test_all_roles_share_the_frozen_weights():
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.0])
-def test_only_adapters_have_gradients_and_change(alpha):
+def test_only_adapters_change(alpha):
     """The EMA teacher averages them, and nothing else of it moves; a frozen one is the base."""
     student = adapted(small_gpt(ends=3.0), noise=0.1)
     teacher = lora.share(student).requires_grad_(False) if alpha else small_gpt(ends=3.0)
-    before, teacher_before = (
-        {k: w.clone() for k, w in m.state_dict().items()} for m in (student, teacher)
-    )
-    optimizer, with_gradient = torch.optim.SGD(lora.trained(student).values(), lr=0.5), set()
-    seen = lambda *_: with_gradient.update(
-        k for k, p in student.named_parameters() if p.grad is not None
-    )
-    optimizer.register_step_pre_hook(seen)
+    before, teacher_before = copy.deepcopy([m.state_dict() for m in (student, teacher)])
+    optimizer = torch.optim.SGD(lora.trained(student).values(), lr=0.5)
     streams = fast.row_generators(0, 0, range(2), "cpu")
     fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=alpha)
     after = student.state_dict() if alpha else teacher_before
     mean = {k: alpha * after[k] + (1 - alpha) * w for k, w in teacher_before.items()}
     same(teacher.state_dict(), mean, rtol=1e-6, atol=1e-7)
     changed = {k for k, w in student.state_dict().items() if not w.equal(before[k])}
-    assert changed == with_gradient == lora.state(student).keys()
+    assert changed == lora.state(student).keys()
     assert all(k.endswith(("lora_A", "lora_B")) for k in changed)
 
 

@@ -13,14 +13,13 @@ import torch
 
 from data import files, watch
 from gpt2 import checkpoint, evaluate, fast, train
-from gpt2.checkpoint import load_model, run_checkpoints
+from gpt2.checkpoint import load_model, load_run, run_checkpoints
 from gpt2.conftest import (
     EOS,
     ROOT,
     Killed,
     error_of,
     flags,
-    last_checkpoint,
     lines,
     metrics,
     read,
@@ -114,7 +113,7 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
             settings = dict(divergence="jsd", alpha=0.3, temperature=0.8, grad_clip=0.05)
             settings |= dict(skip_tokens=1, micro_batch=2, rollout_dtype=torch.float32)
             assert options == settings
-    saved = last_checkpoint(out)
+    saved = load_run(out)
     assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
 
@@ -161,7 +160,7 @@ def test_the_teacher_follows_its_flag(name, alpha, tmp_path, whole, data):
     """φ = α θ + (1 - α) φ after one step, from the first run's student on; frozen is not saved."""
     more = ["--teacher", name, "--ema_alpha", 0.25]
     train.main(flags(whole, data, tmp_path / "out", *more, steps=1))
-    before, saved = weights(whole), last_checkpoint(tmp_path / "out")
+    before, saved = weights(whole), load_run(tmp_path / "out")
     student, teacher = saved["student"], saved["teacher"]
     assert not torch.equal(student["wte.weight"], before["wte.weight"])
     moves = before if alpha else {}
@@ -183,7 +182,7 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
         assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
         assert results[when][f"old {old}"] == results[when]["lenient"]
     assert "exact" in read(whole / "results.json")["base"]  # of the rows of --data
-    assert "as_teacher" in results["base"] and last_checkpoint(second)["teacher"] == {}
+    assert "as_teacher" in results["base"] and load_run(second)["teacher"] == {}
     assert (second / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
     words = shlex.split(results["command"])
     assert words[:3] == ["python", "-m", "gpt2.train"]
@@ -267,9 +266,9 @@ def test_signals_in_a_step(name, times, tmp_path, base, data, whole, monkeypatch
         train.main(flags(base, data, out, steps=6))
     monkeypatch.undo()
     if times == 2:
-        assert "--resume goes on" in stopped.value.code and last_checkpoint(out)["step"] == 2
+        assert "--resume goes on" in stopped.value.code and load_run(out)["step"] == 2
         return
-    assert stopped.value.code == 130 and last_checkpoint(out)["step"] == 3
+    assert stopped.value.code == 130 and load_run(out)["step"] == 3
     again = capsys.readouterr().out.splitlines()[-1].split("go on with: python -m gpt2.train ")[1]
     train.main(shlex.split(again))
     assert_same_run(out, whole)
@@ -286,7 +285,7 @@ def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
     printed, errors = process.communicate(timeout=120)
     step = int(re.search(r"stopped after step (\d+), saved; go on with: ", printed)[1])
     assert process.returncode == 130 and errors == ""
-    assert r"\xe9" in printed and last_checkpoint(out)["step"] == step
+    assert r"\xe9" in printed and load_run(out)["step"] == step
 
 
 def test_two_processes_make_the_update_of_one(tmp_path, base, data):
@@ -302,7 +301,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data):
     assert process.returncode == 0, errors
     # Adam divides by the gradient's size, so that where it is only rounding noise, as for the
     # keys' biases, full steps of 1e-4 in any direction remain. The moments have no such trouble.
-    moments = (last_checkpoint(out)["optimizer"]["state"].values() for out in (one, two))
+    moments = (load_run(out)["optimizer"]["state"].values() for out in (one, two))
     for a, b in zip(*moments, strict=True):
         same(a["exp_avg"], b["exp_avg"], atol=0.01 * a["exp_avg"].abs().max().item() + 1e-7)
     same(weights(two), weights(one), atol=3e-4)
