@@ -405,6 +405,12 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     ]
     for more, word in wrong:
         assert word in error_of(*argv, *more), more
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "3")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3")):
         monkeypatch.setenv(name, value)
     assert "multiple of the 3" in error_of(*argv) and not (tmp_path / "out").exists()
+
+
+def test_of_an_earlier_look_only_finite_numbers_count():
+    """A log that was edited by hand must not end a run that goes on from it."""
+    row = {"step": 3, "prior": 0.5, "new": None, "length": [1], "loss": math.inf, "skill": "X"}
+    assert train.finite_numbers(row) == {"step": 3, "prior": 0.5}

@@ -382,11 +382,16 @@ def measure(run):
     out = Path(args.out_dir)
     files.append(out / "samples.jsonl", samples)
     files.append(out / "metrics.jsonl", [row])
-    earlier = [look["new"] for look in run.looks if look["step"] and "new" in look]
+    earlier = [look["new"] for look in run.looks if look.get("step") and "new" in look]
     if args.keep == "best" and run.step and row["new"] > max(earlier, default=-1):
         save_weights(run, out / "best")
     run.looks.append(row)
     return scores
+
+
+def finite_numbers(row):
+    """What later evaluations use of an earlier one, whatever someone has written into the file."""
+    return {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < math.inf}
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -418,7 +423,7 @@ def fine_tune(args, argv, rank, n_processes):
         step = -1 if run.base_scores is None else run.step
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
-        run.looks = [row for row in rows if "eval" in row]
+        run.looks = [finite_numbers(row) for row in rows if "eval" in row]
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
@@ -512,9 +517,8 @@ def main(argv=None):
     try:
         if args.report:
             return print(evaluate.report(args.report))
-        n_processes = 1
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets
-            rank, n_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # As torchrun sets them, or another launcher.
+        rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if rank:
             sys.stdout = open(os.devnull, "w")  # one process prints
         with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
