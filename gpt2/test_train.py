@@ -1,5 +1,6 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
+import math
 import os
 import re
 import shlex
