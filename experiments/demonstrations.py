@@ -1,14 +1,12 @@
 """Demonstrations: how many does it take, and what do bad ones do?
 
-The paper trains on full sets, so its "SDFT learns more than SFT" does not say at what size, and its
-demonstrations are all right, each for its own prompt.
-
     python -m experiments.demonstrations --seeds 5
 
-demonstrations  8 to 400 of them, on skill X. Every method has 160 updates, two rates for every
-                number of demonstrations, SFT all five
+demonstrations  8 to 400 of them, on skill X; 160 updates for every number
 mismatch        a share of them is spoiled, see `spoil` in worlds.py. "teacher" is the base's
                 accuracy with the training demonstrations, spoiled ones included
+
+README.md, "Few demonstrations" and "Bad demonstrations".
 """
 
 from experiments import report, runner

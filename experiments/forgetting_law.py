@@ -1,14 +1,10 @@
-"""Is forgetting told by how far a model has moved from its base?
-
-*RL's Razor* (arXiv 2509.04259): whatever the method, the loss of prior abilities follows the KL
-between base and trained model on the *new* task's prompts, with a quadratic fit of R² .96 in a toy
-and .71 on language models.
+"""Is forgetting told by how far a model has moved from its base, as in RL's Razor (2509.04259)?
 
     python -m experiments.forgetting_law out/experiments   # after the other experiments
 
 Every trained model of the experiments on skill X is a point: KL on X's prompts, in nats per
 response, against the loss of greedy accuracy on the prior skills, seed by seed. The KL is taken in
-both directions; the fit is a parabola through all points and through each method's.
+both directions; the fit is a parabola. README.md, "What forgetting follows".
 """
 
 import argparse
@@ -46,24 +42,21 @@ def main(argv=None):
 
 def measure(run):
     """One row per method, and "all": its points, and R² of the fits."""
-    points = read(run)
-    groups = {"all": points}
-    for point in points:
-        groups.setdefault(point["method"], []).append(point)
+    groups = {"all": []}
+    for method, point in points(run):
+        groups["all"].append(point)
+        groups.setdefault(method, []).append(point)
     rows = []
-    for name, group in groups.items():
-        loss = np.array([point["loss"] for point in group])
-        metrics = {"n": len(group), "loss": loss.tolist()}
-        for direction in KLS:
-            x = np.array([point[direction] for point in group])
-            metrics |= {direction: x.tolist(), f"R² {direction}": r_squared(x, loss)}
-        rows.append({"arm": name, "metrics": metrics})
+    for method, group in groups.items():
+        metrics = {name: [point[name] for point in group] for name in ("loss", *KLS)}
+        fits = {f"R² {name}": r_squared(metrics[name], metrics["loss"]) for name in KLS}
+        rows.append({"arm": method, "metrics": {"n": len(group)} | metrics | fits})
     return rows
 
 
-def read(run):
-    """Every trained model of SOURCES: method, KL both ways and loss of prior accuracy."""
-    points, start = [], None
+def points(run):
+    """Every trained model of SOURCES: (method, its KL both ways and loss of prior accuracy)."""
+    start = None
     for name in SOURCES:
         try:
             rows = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))["rows"]
@@ -76,10 +69,8 @@ def read(run):
             if row["arm"] == "base" or (name == "controls" and method == "SDFT"):
                 continue  # the latter are pareto's
             metrics = row["metrics"]
-            for i, prior in enumerate(metrics["prior"]):
-                point = {"method": method, "loss": start[i] - prior}
-                points.append(point | {direction: metrics[direction][i] for direction in KLS})
-    return points
+            for before, prior, *kls in zip(start, metrics["prior"], *(metrics[k] for k in KLS)):
+                yield method, {"loss": before - prior} | dict(zip(KLS, kls))
 
 
 def r_squared(x, y):
@@ -109,7 +100,7 @@ def figure(rows, plt):
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss of prior accuracy")
-    report.grid_and_legend(panels[1])
+    report.legend_beside(panels[1])
     return drawn
 
 

@@ -1,21 +1,17 @@
 """Which divergence, and must it be summed over the vocabulary? Losses, and their gradients.
 
-The paper compares three gradients (App. A.1): the sampled token, the analytic sum over the
-vocabulary at every token (which it uses, and finds best), and a Rao-Blackwellised one. Its
-equations are the reverse KL (v1). By v2 and issue 5 of the official repository its results were
-made with the forward KL. One replication finds no difference, another +6 points for the forward KL.
-
     python -m experiments.kl --seeds 5
 
 kl          Skill X at SDFT's settings. "noise" is the variance of the gradient over rollouts of one
             minibatch, summed over the weights, as a multiple of the squared length of the mean
             gradient, at the base's weights
-estimators  Responses of at most three tokens can be enumerated, so that the exact gradient of
-            Eq. (1), the KL between whole responses, is known. An estimate is one response to each
-            of 8 prompts of skill X. "bias" is the length of the mean estimate's error, "noise" the
-            standard deviation of an estimate around its mean, both in lengths of the exact
-            gradient; "cosine" is the angle's between the two. The mean of "analytic" is exact, that
-            of the others over 500 estimates, whose remaining error is "bias error"
+estimators  Three estimates of the gradient of Eq. (1), the KL between whole responses (App. A.1),
+            which is known exactly where responses have at most three tokens. "bias" is the length
+            of the mean estimate's error, "noise" the standard deviation of an estimate, both in
+            lengths of the exact gradient; "cosine" is the angle's between the two. The mean of
+            "analytic" is exact, the others' is over 500 estimates and off by "bias error"
+
+README.md, "The divergence" and "The estimators".
 """
 
 import torch

@@ -1,19 +1,15 @@
 """Can it learn facts? The teacher reads an article and an answer about 20 unknown entities.
 
-The paper (strict / lenient / other questions on the same facts, "OOD"): base 0/0/0, SFT 80/95/80,
-SDFT 89/100/98, base with the article in its prompt 91/100/100. It does not report forgetting. With
-a teacher that reads the answer only (strict) about 37, the article only about 75, both 89.
-
     python -m experiments.knowledge --seeds 5
 
 knowledge  Training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is
            correct; lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never
            trained on. "known" are the 60 entities of pretraining, on both questions. The rates are
-           chosen by a second run on 20 other entities ("val"). "+ known" takes turns: after every
-           update on new facts one of SDFT on question A of known ones, with the base as the
-           teacher: twice the updates, and a frozen teacher, as "sdft, frozen teacher" has
+           chosen by a second run on 20 other entities ("val")
 context    What the teacher reads: `?cjA!eh.=` the article, `?cjA!b.=` the answer, `?cjA!ehb.=`
            both. "teacher" is the base's accuracy when it reads that text
+
+README.md, "Facts" and "What the teacher must read".
 """
 
 import copy

@@ -1,18 +1,13 @@
 """Is it being on-policy, or being close to the base? The baselines that the paper has and lacks.
 
-The paper (Fig. 6, tool use), best first: SDFT, the same loss on responses drawn once from the
-teacher ("offline"), SFT on those responses. Its other baselines (new / prior): Science, SFT 66.2 /
-53.4, SFT + re-invoke 66.0 / 60.2, DFT 54.8 / 60.2, SDFT 70.2 / 64.5. Its critics ask for SFT with a
-KL penalty and with replay.
-
     python -m experiments.on_policy --seeds 5
 
 on_policy  Skill X with prompts of 3 and of 5 digits, answers of 2 and 4 steps: a long answer can go
            wrong early and has to be answered for later. "step 1", "step 2" and "step 4" are the
            shares of answers that are correct up to there
-controls   Everyone trains on the same demonstrations of skill X, at three rates. "re-invoke" goes
-           on after SFT, "replay" and "re-invoke" read the very prompts that "prior" measures, in
-           other inputs: an advantage that SDFT does not have
+controls   Everyone trains on the same demonstrations of skill X, at three rates
+
+README.md, "On-policy or not" and "Controls".
 """
 
 import numpy as np

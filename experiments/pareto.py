@@ -1,14 +1,10 @@
 """New against prior, fairly: every method at every rate, on skill X.
 
-The paper (new / mean of six old benchmarks, base 65.5): Science, SFT 66.2 / 53.4 and SDFT 70.2 /
-64.5; tool use, SFT 63.2 / 56.0 and SDFT 70.6 / 65.4. One replication found most of the difference
-gone when SFT was stopped at matched accuracy.
-
     python -m experiments.pareto --seeds 5
 
 The other experiments use the rates that are chosen here (settings.py). A stopped SFT is looked at
 every 5 updates and ends as soon as its validation accuracy is within 0.02 of SDFT's; "updates" is
-when, "matched" whether it got there within the 160 updates.
+when, "matched" whether it got there within the 160 updates. README.md, "New against prior".
 """
 
 import numpy as np
@@ -71,7 +67,8 @@ def figure(rows, plt):
     panel.plot(np.mean(start["new"]), np.mean(start["prior"]), "k*", markersize=12, label="base")
     panel.set(xlabel="skill X, greedy accuracy", ylabel="prior skills, greedy accuracy")
     panel.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05))
-    report.grid_and_legend(panel)
+    panel.grid(alpha=0.3)
+    report.legend_beside(panel)
     return drawn
 
 

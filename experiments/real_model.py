@@ -417,19 +417,12 @@ def rows_to_watch(tokenizer, facts, prior, reads):
 
 def figure(rows, plt):
     """New facts and prior questions after every stage: a line for every trained arm."""
-    drawn, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     metrics = {row["arm"]: row["metrics"] for row in rows if row["arm"] != "oracle"}
-    base = metrics.pop("base")
-    for panel, name, title in zip(panels, AXES, ("new facts", "prior questions")):
-        for label, found in metrics.items():
-            stages = [base[name], found[name], found.get(f"then {name}")]
-            means, sds = report.mean_and_sd([values for values in stages if values])
-            panel.errorbar(range(len(means)), means, sds, marker="o", label=label, capsize=3)
-        panel.set(title=title, ylim=(-0.03, 1.03))
-        panel.set_xticks(range(3), ("base", "facts", "calls"))
-        panel.grid(alpha=0.3)
-    panel.legend(loc="lower left", fontsize=8)
-    return drawn
+    base, panels = metrics.pop("base"), {}
+    for axis, title in zip(AXES, ("new facts", "prior questions")):
+        stages = {arm: [base[axis], m[axis], m.get(f"then {axis}")] for arm, m in metrics.items()}
+        panels[title] = {arm: [v for v in values if v] for arm, values in stages.items()}
+    return report.panels_of_lines(plt, panels, ["base", "facts", "calls"])
 
 
 COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90", "instructions"]

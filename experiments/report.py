@@ -152,31 +152,39 @@ def mean_and_sd(values):
 # --- Figures -------------------------------------------------------------------------------------
 
 
-def line(panel, x, values, label, fmt="-o", **style):
-    """A line with error bars through lists of seeds, (n, seeds)."""
-    mean, sd = mean_and_sd(values)
-    panel.errorbar(x, mean, sd, fmt=fmt, label=label, capsize=3, **style)
+def panels_of_lines(plt, panels, ticks, xlabel=None, ylabel="greedy accuracy"):
+    """A figure with a panel for every title, and in it a line for every name.
+
+    panels is {title: {name: values (n, seeds)}}; the values stand at the first n of the ticks.
+    """
+    drawn, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 4 * len(panels), 3.4), sharey=True, squeeze=False
+    )
+    for panel, (title, lines) in zip(axes[0], panels.items()):
+        for name, values in lines.items():
+            (mean, sd), fmt = mean_and_sd(values), "k--o" if name in ("base", "prior") else "-o"
+            panel.errorbar(range(len(mean)), mean, sd, fmt=fmt, label=name, capsize=3, markersize=4)
+        panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(ylabel)
+    legend_beside(axes[0, -1])
+    return drawn
 
 
 def new_and_prior(rows, plt, field, xlabel):
     """Two panels, a line for every family over the values of a field of the arms."""
-    drawn, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    ticks = [*dict.fromkeys(row[field] for row in rows)]
-    for panel, metric, title in zip(panels, ("new", "prior"), ("new skill", "prior skills")):
-        for family in dict.fromkeys(row["family"] for row in rows):
-            values = [row["metrics"][metric] for row in rows if row["family"] == family]
-            line(panel, range(len(ticks)), values, family, "k:o" if family == "base" else "-o")
-        panel.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
-        panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy accuracy")
-    grid_and_legend(panels[1])
-    return drawn
+    families = dict.fromkeys(row["family"] for row in rows)
+    panels = {
+        title: {f: [row["metrics"][metric] for row in rows if row["family"] == f] for f in families}
+        for metric, title in (("new", "new skill"), ("prior", "prior skills"))
+    }
+    ticks = [f"{value:g}" for value in dict.fromkeys(row[field] for row in rows)]
+    return panels_of_lines(plt, panels, ticks, xlabel)
 
 
-def grid_and_legend(panel):
-    """The legend stands beside the axes, where it hides nothing."""
-    panel.grid(alpha=0.3)
+def legend_beside(panel):
+    """Outside the axes, where it hides nothing."""
     panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
 
 

@@ -1,13 +1,10 @@
 """Does it need in-context learning, and so size?
 
-The paper (SDFT minus SFT, points): −3.3 at 3B, +4.0 at 7B, +6.9 at 14B: small models read
-demonstrations badly.
-
     python -m experiments.scaling --seeds 5
 
 Models of several depths and widths, pretrained on the same number of tokens with the same settings.
-Each method has two rates, the better by validation. "teacher" is the base's accuracy with a
-demonstration: the paper's reason can be tested only if it differs between the sizes.
+"teacher" is the base's accuracy with a demonstration: the paper's reason can be tested only if it
+differs between the sizes. README.md, "Size".
 """
 
 import numpy as np

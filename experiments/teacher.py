@@ -1,17 +1,15 @@
 """The teacher: is it good, is it close to the base, and which weights should it have?
 
-The paper (ToolAlpaca): the base is right 42%, the teacher 100%; KL to the base: SFT 1.26 nats,
-teacher 0.68. As its weights (tool use) a moving average of the student's (EMA) reaches about 70,
-the start's (frozen) about 65, and with the student's own (live) training diverges.
-
     python -m experiments.teacher --seeds 5
 
 teacher          skill X; KL(model ‖ base) on its prompts, in nats per response
 teacher_weights  α is the student's share in the teacher at every update: 0 frozen, 1 live. At
                  SDFT's rate, at the sweep's highest ("fast"), and with 30% of the demonstrations
-                 wrong ("noisy"), so that a moving teacher could gain. "teacher" is the final
-                 teacher's accuracy, "teacher, noisy" that with the training's demonstrations,
-                 "collapsed" the share of seeds that end below half of the base's accuracy on X
+                 wrong ("noisy"). "teacher" is the final teacher's accuracy, "teacher, noisy" that
+                 with the training's demonstrations, "collapsed" the share of seeds that end below
+                 half of the base's accuracy on X
+
+README.md, "The teacher" and "The teacher's weights".
 """
 
 from experiments import runner
