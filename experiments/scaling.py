@@ -10,9 +10,8 @@ differs between the sizes. README.md, "Size".
 import numpy as np
 
 from experiments import runner
-from experiments.common import base, skill, skill_metrics, train_on_skill
+from experiments.common import accuracy, base, skill, skill_metrics, train_on_skill
 from experiments.settings import HIGH, LOW, grid
-from train_toy import evaluate
 
 
 def measure(seed, n_layer, n_embd, settings=None):
@@ -20,8 +19,7 @@ def measure(seed, n_layer, n_embd, settings=None):
     student, _ = train_on_skill(start, seed, settings)
     metrics = skill_metrics(student, start, seed)
     metrics["weights"] = sum(p.numel() for p in start.parameters())
-    test = {"X": skill("X", "test", seed)}
-    metrics["teacher"] = evaluate(start, test, "teacher_prompts")[0]["X"]
+    metrics["teacher"] = accuracy(start, skill("X", "test", seed), "teacher_prompts")
     return metrics
 
 

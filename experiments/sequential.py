@@ -36,14 +36,13 @@ def kl_prior(model, start, test):
 def measure(seed, settings=None):
     start = student = base(seed)
     test = {k: skill(k, "test", seed, n=100 if k in toy.PRIOR else 400) for k in toy.SKILLS}
-    metrics, own = {}, []
+    metrics = {}
     for name in toy.NEW if settings else []:
         student, _ = train_on_skill(student, seed, settings, name)
         after = accuracies(student, test)
         metrics |= {f"after {name}: {k}": value for k, value in after.items()}
-        own.append(after[name])
-    if own:
-        metrics["own"] = np.mean(own)
+    if settings:
+        metrics["own"] = np.mean([metrics[f"after {k}: {k}"] for k in toy.NEW])
     return metrics | accuracies(student, test) | {"KL prior": kl_prior(student, start, test)}
 
 

@@ -13,17 +13,15 @@ README.md, "The teacher" and "The teacher's weights".
 """
 
 from experiments import runner
-from experiments.common import base, kl, skill, skill_metrics, train, train_on_skill
+from experiments.common import accuracy, base, kl, skill, skill_metrics, train, train_on_skill
 from experiments.settings import METHODS, RATES, SDFT
 from experiments.worlds import spoil
-from train_toy import evaluate
 
 
 def measure(seed, settings=None, reads="prompts"):
     start, test = base(seed), skill("X", "test", seed)
     model, _ = train_on_skill(start, seed, settings)
-    accuracy = evaluate(model, {"X": test}, reads)[0]["X"]
-    return {"accuracy": accuracy, "KL": kl(model, start, test, reads)}
+    return {"accuracy": accuracy(model, test, reads), "KL": kl(model, start, test, reads)}
 
 
 NAMES = ("sft", "sft, own style", "sdft", "sdft, forward KL")
@@ -37,13 +35,13 @@ TEACHER = runner.Experiment(
 
 
 def measure_weights(seed, alpha, lr, share):
-    start, test = base(seed), {"X": skill("X", "test", seed)}
+    start, test = base(seed), skill("X", "test", seed)
     data = spoil(skill("X", "train", seed), "wrong", share, seed)
     student, teacher = train(start, data, seed, **SDFT | dict(alpha=alpha, lr=lr))
     metrics = skill_metrics(student, start, seed)
-    metrics["teacher"] = evaluate(teacher, test, "teacher_prompts")[0]["X"]
-    metrics["teacher, noisy"] = evaluate(teacher, {"X": data}, "teacher_prompts")[0]["X"]
-    metrics["collapsed"] = metrics["new"] < 0.5 * evaluate(start, test)[0]["X"]
+    metrics["teacher"] = accuracy(teacher, test, "teacher_prompts")
+    metrics["teacher, noisy"] = accuracy(teacher, data, "teacher_prompts")
+    metrics["collapsed"] = metrics["new"] < 0.5 * accuracy(start, test)
     return metrics
 
 
