@@ -253,12 +253,14 @@ def rewritten(text, results):
 
     parts = {"claims": claims_table({e.name: e for e in REPORTED}, results)}
     parts |= {e.name: experiment_table(e, results.get(e.name)) for e in REPORTED}
-    for name, lines in parts.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        if text.count(start) != 1:
-            raise ValueError(f"README.md has {text.count(start)} parts {start.strip()}, not one")
-        before, rest = text.split(start)
-        text = before + start + "\n".join(lines) + "\n" + rest[rest.index(end) :]
+    for name in re.findall(r"<!-- (\w+) -->\n", text):
+        if name == "end":
+            continue
+        if name not in parts:
+            raise ValueError(f"README.md has a part {name}, and there is no such experiment")
+        before, rest = text.split(f"<!-- {name} -->\n")
+        lines = "\n".join(parts[name])
+        text = f"{before}<!-- {name} -->\n{lines}\n{rest[rest.index('<!-- end -->') :]}"
     return text
 
 

@@ -104,7 +104,7 @@ def test_page_has_every_row_of_the_students(run):
 
 
 def test_text_of_a_run_is_never_markup(run):
-    """Prompts, tokens, settings, warnings and the folder's name may hold HTML; nothing is loaded."""
+    """Prompts, tokens, settings, warnings and a folder's name may hold HTML; nothing is loaded."""
     text = written(run)[0]
     assert text.count("<script") == 2 and "<img" not in text and "a<b>" not in text
     assert text.count(html.escape(EVIL)) >= 4 and not re.search("<!-- [a-z]+ -->", text)
