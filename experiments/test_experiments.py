@@ -392,13 +392,13 @@ def page(body="of an earlier run\n"):
 
 
 def test_the_report_changes_its_parts_alone():
-    """Tables of what was measured; the text around them stays."""
+    """Tables of what was measured; the text around them stays, and a wrong part is named."""
     changed = report.rewritten(page(), {})
     assert changed.count(report.MISSING) > len(REPORTED) and "earlier" not in changed
     without = re.sub(r"(<!-- \w+ -->\n).*?<!-- end", r"\1<!-- end", changed, flags=re.S)
     assert without == page("")
-    with pytest.raises(ValueError, match="0 parts <!-- kl -->, not one"):
-        report.rewritten(page().replace("<!-- kl -->", ""), {})
+    with pytest.raises(ValueError, match="part kls, and there is no such experiment"):
+        report.rewritten(page().replace("<!-- kl -->", "<!-- kls -->"), {})
 
 
 def test_the_report_takes_over_a_run(tmp_path, monkeypatch):

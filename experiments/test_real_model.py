@@ -177,9 +177,9 @@ def steps(student, teacher, tokenizer, n=3, **settings):
 
 
 def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
-    """As with autocast around each pass alone, also after casts made for no gradient."""
+    """No pass is served by casts of other weights, or (in older torch) by casts without a graph."""
     base, tokenizer = tiny
-    forward, teacher, students = hf_loop.forward, copy.deepcopy(base), []
+    forward, found = hf_loop.forward, []
 
     def apart(*args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
@@ -187,15 +187,18 @@ def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
 
     for around in (True, False):
         monkeypatch.setattr(hf_loop, "forward", forward if around else apart)
-        students.append(copy.deepcopy(base))
-        with torch.autocast("cpu", torch.bfloat16, enabled=around), torch.no_grad():
-            hf_loop.completion_logits(students[-1], [[5, 6]], torch.tensor([[7, 8]]))
-            with torch.enable_grad():
-                logits = hf_loop.completion_logits(students[-1], [[5, 6]], torch.tensor([[7, 8]]))
-                logits.float().logsumexp(-1).sum().backward()
-                assert all(p.grad is not None for p in students[-1].parameters())
-                steps(students[-1], teacher, tokenizer, alpha=0.0)
-    torch.testing.assert_close(*(s.state_dict() for s in students), rtol=0, atol=0)
+        student, logits = copy.deepcopy(base), []
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            for _ in range(2):
+                hf_loop.rollout(student, [[5, 6]], 2, 1)
+                logits.append(hf_loop.completion_logits(student, [[5, 6]], torch.tensor([[7, 8]])))
+                logits[-1].float().logsumexp(-1).sum().backward()
+                # The weights move, by an optimizer that is not sdft.py's.
+                student.lm_head.weight.data.mul_(2)
+            steps(student, copy.deepcopy(base), tokenizer)
+        assert not torch.equal(*logits)
+        found.append((logits, student.state_dict()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_a_peft_student_is_its_own_teacher(tiny):
@@ -433,14 +436,20 @@ def run(folders, tmp_path, monkeypatch):
     return rows_of
 
 
-def test_every_arm_writes_results_answers_and_looks(run, tmp_path):
+def test_every_arm_writes_results_answers_and_looks(run, tmp_path, monkeypatch):
     """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
+    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
+    earlier = tmp_path / "real_model_runs" / "sdft, seed 0" / "metrics.jsonl"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"step": 7}\n')
     rows, _ = run(real_model.REAL_MODEL)
     assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
     for row in rows:
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
+        assert ("prior at .90" in metrics) == trained
+        assert metrics["new"] == [1.0] and metrics.get("then tools", [0.0]) == [0.0]  # exact
         assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
         assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
         answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
@@ -470,21 +479,24 @@ def test_controls_and_grid_run(run, tmp_path):
     names = ["sdft, frozen teacher", "offline", "sdft, paraphrased", "oracle, both"]
     rows, _ = run(real_controls.REAL_CONTROLS, names, steps=1)
     assert rows[-1]["metrics"]["KL new"] == [0.0] and [row["arm"] for row in rows] == names
+    looks, _ = files.read(tmp_path / "real_model_runs" / "offline, seed 0" / "metrics.jsonl")
+    assert "teacher_accuracy" in looks[0]
     text = (tmp_path / "real_model_answers" / "sdft, paraphrased, seed 0.json").read_text()
     kept = [fact["paraphrases"][1] for fact in real_model.load_rows("facts")]
     assert [answer["question"] for answer in json.loads(text)["paraphrase"]] == kept
 
 
 def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
-    """They sample too, but not from the stream that the training draws from."""
+    """They sample too, but not from the stream that training draws from; the base stays too."""
     monkeypatch.setattr(real_model, "MATCHED", 0.0)
     base, tokenizer = tiny
     facts, prior = real_model.load_rows("facts")[:2], real_model.load_rows("prior")[:2]
-    training = Training("sdft", 1e-2, 9, n_other=0, batch_size=2)
-    alone, looked = copy.deepcopy(base), copy.deepcopy(base)
-    learn(alone, base, tokenizer, facts, training)
+    training = Training("sdft", 1e-2, 9, n_other=0, batch_size=2, alpha=0.25)
+    alone, looked, start = (copy.deepcopy(base) for _ in range(3))
+    learn(alone, copy.deepcopy(base), tokenizer, facts, training)
     common.options.out_dir = tmp_path
     asked = real_model.questions(facts, prior)
     found = real_model.train(looked, base, tokenizer, facts, asked, 0, "a", training)
-    torch.testing.assert_close(alone.state_dict(), looked.state_dict(), rtol=0, atol=0)
+    for model, same in ((looked, alone), (base, start)):
+        torch.testing.assert_close(model.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert found["updates to .90"] == 8 and 0 <= found["prior at .90"] <= 1
