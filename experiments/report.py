@@ -222,15 +222,20 @@ def main(argv=None):
 
 
 def take_over(run):
-    """Copy the results and figures of a finished run."""
+    """Copy the results and figures of a finished run, and measure the forgetting law on them."""
+    from experiments import forgetting_law  # it needs this module
+
     results = load(run)
     if not results:
         command = f"python -m experiments.all --out_dir {run}"
         raise ValueError(f"there are no results in {run}; make them with: {command}")
+    for path in run.glob("*.png"):
+        shutil.copy(path, FIGURES)
+    if {*forgetting_law.SOURCES} <= {*results}:
+        law = results["forgetting_law"] = forgetting_law.measure(results)
+        draw(forgetting_law.figure, law["rows"], FIGURES / "forgetting_law.png")
     for name, result in results.items():
         write(RESULTS / f"{name}.json", result)
-        if (run / f"{name}.png").exists():
-            shutil.copy(run / f"{name}.png", FIGURES)
 
 
 def load(folder):
@@ -251,15 +256,16 @@ def rewritten(text, results):
     """The README with fresh tables in its marked parts: <!-- NAME --> ... <!-- end -->."""
     from experiments.all import REPORTED  # these modules need this one
 
-    parts = {"claims": claims_table({e.name: e for e in REPORTED}, results)}
-    parts |= {e.name: experiment_table(e, results.get(e.name)) for e in REPORTED}
-    for name in re.findall(r"<!-- (\w+) -->\n", text):
-        if name == "end":
-            continue
-        if name not in parts:
+    experiments = {e.name: e for e in REPORTED}
+    for name in re.findall(r"<!-- (?!end)(\w+) -->\n", text):
+        if name == "claims":
+            lines = claims_table(experiments, results)
+        elif name in experiments:
+            lines = experiment_table(experiments[name], results.get(name))
+        else:
             raise ValueError(f"README.md has a part {name}, and there is no such experiment")
         before, rest = text.split(f"<!-- {name} -->\n")
-        lines = "\n".join(parts[name])
+        lines = "\n".join(lines)
         text = f"{before}<!-- {name} -->\n{lines}\n{rest[rest.index('<!-- end -->') :]}"
     return text
 
@@ -269,12 +275,12 @@ def experiment_table(experiment, result):
     if result is None:
         return [MISSING]
     rows = chosen(result["rows"], experiment.choose_by)
-    if experiment.table:
-        return [*experiment.table(rows)]
     lines = [*table(rows, experiment.columns), ""]
     if then := experiment.then_columns:
         lines += [*table([row for row in rows if then[0] in row["metrics"]], then), ""]
     seeds = len(result["seeds"])
+    if not seeds:  # a measurement on others' results
+        return lines
     cost = f"{seeds} seed{'s' * (seeds > 1)}" + ", one where there is no ±" * bool(experiment.once)
     if not experiment.arguments:  # with flags they run on more than one kind of machine
         cost += f"; {result['seconds']:,} s in all, in processes of one thread"

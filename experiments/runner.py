@@ -57,7 +57,6 @@ class Experiment:
     once: tuple = ()  # names of costly arms: last, on seed 0 alone, not with --quick
     quick: tuple = ()  # names of the arms that --quick runs, if not all
     then_columns: tuple = ()  # of a second table, with the arms that have these metrics
-    table: Callable = None  # table(rows) -> lines of Markdown, in place of the usual one
 
 
 def main(doc, *experiments, argv=None):

@@ -355,33 +355,27 @@ METHODS = {  # how the forgetting law calls a family
 }
 
 
-def test_the_forgetting_law_names_methods_and_fits(tmp_path, capsys):
+def test_the_forgetting_law_names_methods_and_fits():
     """Every trained model of the runs is a point; here loss is KL², and the other KL is noise."""
-    rng, expected = np.random.default_rng(0), []
+    rng, expected, results = np.random.default_rng(0), [], {}
     for name in forgetting_law.SOURCES:
-        rows = []
+        results[name] = {"rows": []}
         for arm in EXPERIMENTS[name].arms:
             near, other = np.zeros((2, 2)) if arm["arm"] == "base" else 0.9 * rng.random((2, 2))
             metrics = {"prior": 1 - near**2, "KL": near, "KL forward": other}
-            metrics = {k: v.tolist() for k, v in metrics.items()}
-            rows.append({"arm": arm["arm"], "family": arm.get("family"), "metrics": metrics})
+            family = arm.get("family")
+            results[name]["rows"].append({"arm": arm["arm"], "family": family, "metrics": metrics})
             # SDFT of the controls is pareto's again.
             if arm["arm"] != "base" and (name, arm["arm"]) != ("controls", "sdft"):
-                expected += [(METHODS.get(arm.get("family"), "SDFT"), kl) for kl in near]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
-    points = [*forgetting_law.points(tmp_path)]
+                expected += [(METHODS.get(family, "SDFT"), value) for value in near]
+    points = [*forgetting_law.points(results)]
     assert [(method, point["KL"]) for method, point in points] == expected
-    forgetting_law.main([str(tmp_path)])
-    result = json.loads((tmp_path / "forgetting_law.json").read_text())
+    result = forgetting_law.measure(results)
     metrics = result["rows"][0]["metrics"]
     assert (result["rows"][0]["arm"], metrics["n"]) == ("all", len(expected))
     assert metrics["R² KL"] == pytest.approx(1) and metrics["R² KL forward"] < 0.5
     table = [*report.claims_table(REPORTED, {"forgetting_law": result})]
     assert any("R² 1.00 with KL(model ‖ base)" in line and "| yes |" in line for line in table)
-    assert "| all |" in capsys.readouterr().out
-    (tmp_path / "kl.json").unlink()
-    with pytest.raises(SystemExit, match="no results of kl; make them: python -m experiments.all"):
-        forgetting_law.main([str(tmp_path)])
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -416,9 +410,12 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="error: "):
         report.main([str(run)])
     assert not [*report.RESULTS.iterdir()]
-    report.write(run / "kl.json", RESULTS["kl"])
+    for name in forgetting_law.SOURCES:
+        report.write(run / f"{name}.json", RESULTS[name])
     report.main([str(run)])
-    assert report.load(report.RESULTS) == {"kl": RESULTS["kl"]}
+    assert report.load(report.RESULTS).keys() == {*forgetting_law.SOURCES, "forgetting_law"}
+    assert report.load(report.RESULTS)["kl"] == RESULTS["kl"]
+    assert (report.FIGURES / "forgetting_law.png").exists()
     assert (report.FIGURES / "kl.png").read_bytes() == b"PNG"
     assert "| reverse | 0.99 ± 0.02 |" in report.README.read_text()
 
@@ -440,7 +437,7 @@ def test_committed_results_fit_the_code(name):
     experiment, result = REPORTED[name], RESULTS[name]
     if name == "forgetting_law":
         losses = lambda rows: [(row["arm"], row["metrics"]["loss"]) for row in rows]
-        assert losses(result["rows"]) == losses(forgetting_law.measure(report.RESULTS))
+        assert losses(result["rows"]) == losses(forgetting_law.measure(RESULTS)["rows"])
         return
     fields = lambda row: {k: v for k, v in row.items() if k not in ("settings", "metrics")}
     assert [*map(fields, result["rows"])] == [*map(fields, experiment.arms)]
