@@ -84,19 +84,6 @@ class LookUp(torch.nn.Module):
         return hidden
 
 
-class Table(LookUp):
-    """Follows one skill's table, from whatever it has said last."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.table = toy.TABLES[toy.NAMES.index(name)]
-
-    def answer(self, logits, prompt, said):
-        digits, n = prompt[2:-1], len(said) + 1
-        last = said[-1] if said else digits[0]
-        logits[self.table[last, digits[n]] if n < len(digits) else toy.EOS] = 0.0
-
-
 def of_skill(name, split="test", style="expert", n_digits=3):
     return toy.skill(name, split, 0, style, n_digits)
 
@@ -417,15 +404,20 @@ def test_steps_count_up_to_the_first_error():
 @pytest.mark.parametrize("n_digits", [3, 5])
 def test_recovering_is_following_the_own_table(n_digits):
     """From the rival's first step, A's, where that is wrong for X."""
-    data, x, hits = of_skill("X", n_digits=n_digits), toy.decimals(2), []
-    for digits in data["prompts"][:, 2:-1].tolist():
-        last = sum(digits[:2]) % 10
-        if last != x[digits[0], digits[1]]:
-            for digit in digits[2:]:
+    data, x = of_skill("X", n_digits=n_digits), toy.decimals(2)
+    own, rival, hits = [], [], []
+    for first, second, *later in data["prompts"][:, 2:-1].tolist():
+        wrong = (first + second) % 10
+        own, rival = [*own, [wrong]], [*rival, [wrong]]
+        for digit in later:
+            last = rival[-1][-1]
+            if wrong != x[first, second]:
                 hits.append((last + digit) % 10 == x[last, digit])
-                last = (last + digit) % 10
-    assert on_policy.recovers(Table("X"), data) == 1 and on_policy.recovers(LookUp(), data) == 0
-    assert on_policy.recovers(Table("A"), data) == pytest.approx(np.mean(hits))
+            rival[-1].append((last + digit) % 10)
+            own[-1].append(x[own[-1][-1], digit])
+    recovers = lambda said: on_policy.recovers(LookUp(data | {"answers": np.array(said)}), data)
+    assert recovers(own) == 1 and recovers(rival) == pytest.approx(np.mean(hits))
+    assert on_policy.recovers(LookUp(), data) == 0
 
 
 # --- Losses and estimators -----------------------------------------------------------------------
@@ -633,8 +625,7 @@ def test_controls_have_their_losses(control, tiny_world):
 def test_replay_reads_right_answers_to_prior_prompts():
     """As many as asked for, none twice, of training inputs of every prior skill."""
     right = {}
-    for name in toy.PRIOR:
-        data = toy.skill(name, "train", 5)
+    for data in (toy.skill(name, "train", 5) for name in toy.PRIOR):
         right |= dict(zip(map(toy.decode, data["prompts"]), map(toy.decode, data["answers"])))
     rows = on_policy.prior_rows(5, 400)
     prompts, answers = ([*map(toy.decode, rows[f"prior_{k}"])] for k in ("prompts", "answers"))

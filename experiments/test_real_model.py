@@ -245,27 +245,19 @@ def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
 # --- The data, and the arms ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["facts", "facts_val"])
-def test_facts_hold_their_answers_but_no_question_does(name):
-    """An answer that stands in its question would need no learning."""
-    facts = real_model.load_rows(name)
-    assert len(facts) == 24
-    for f in facts:
-        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"], f["indirect"]]]
-        asked.append((f["ood"]["prompt"], f["ood"]["answer"]))
-        assert len(asked) == 5 and real_model.is_correct(f["demonstration"], f["answer"])
-        for question, answer in asked:
-            assert real_model.is_correct(f["article"], answer)
-            assert not real_model.is_correct(question, answer)
-
-
-def test_what_is_reported_is_in_no_other_set():
-    """Neither trained on as another prompt nor used to choose the rates."""
+def test_facts_hold_their_answers_but_no_question_does():
+    """And no question is in two sets: trained on as another prompt, or used to choose the rates."""
     names = ["facts", "facts_val", "prior", "prior_val", "other", "tools", "tools_test"]
     rows = [r for name in names for r in real_model.load_rows(name)]
     asked = [r["prompt"] for r in rows]
     for fact in (r for r in rows if "paraphrases" in r):
-        asked += [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+        of_fact = [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+        asked += of_fact
+        assert real_model.is_correct(fact["demonstration"], fact["answer"])
+        for question in [fact["prompt"], *of_fact]:
+            answer = (fact["ood"] if question == of_fact[-1] else fact)["answer"]
+            assert real_model.is_correct(fact["article"], answer)
+            assert not real_model.is_correct(question, answer)
     assert len(asked) == len(set(asked)) > 400
 
 
@@ -396,7 +388,7 @@ def test_sft_learns_answers_by_heart(tiny):
     asked = real_model.questions(facts, [])["new"]
     for weight in (100.0, 0.0):
         student = copy.deepcopy(base)
-        training = Training("expert", 1e-2, 60, n_other=0, batch_size=2, kl_weight=weight)
+        training = Training("expert", 2e-2, 40, n_other=0, batch_size=2, kl_weight=weight)
         learn(student, base, tokenizer, facts, training)
         distances.append(real_model.kl_to_base(base, student, tokenizer, asked))
     assert distances[0] < 0.5 * distances[1]
