@@ -105,8 +105,14 @@ def fake():
 
 
 def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys):
-    """A metric may be of some seeds only; what functions an arm was made with is not told."""
+    """A metric may be of some seeds only; what functions an arm was made with is not told.
+
+    Every process has the options and one thread: numbers depend neither on --jobs nor on cores.
+    """
+    torch.set_num_threads(2)
     result = run(fake[0], tmp_path, "--seeds", "2")
+    assert common.options.quick and common.options.out_dir == tmp_path
+    assert torch.get_num_threads() == 1
     lines = (tmp_path / "fake.json").read_text().splitlines()
     a = dict(arm="a", family="f", rate=0.5, x=1, metrics={"accuracy": [0.1, 1.1], "odd": [1]})
     assert json.loads(lines[1].rstrip(",")) == a and len(lines) == 4
@@ -176,14 +182,6 @@ def test_arms_and_experiments_can_be_picked(fake, tmp_path):
     assert ran[3:] == [(0, 2), (0, 9)]
 
 
-def test_every_process_gets_options_and_one_thread(tmp_path):
-    """So that numbers depend neither on --jobs nor on the number of cores."""
-    torch.set_num_threads(2)
-    runner.prepare(runner.parse_args("", (), ["--out_dir", str(tmp_path), "--quick"]))
-    assert common.options.quick and common.options.out_dir == tmp_path
-    assert torch.get_num_threads() == 1
-
-
 @pytest.mark.parametrize(
     "cause, words",
     [
@@ -232,15 +230,6 @@ def test_a_base_is_reused_from_its_file(tmp_path, capsys):
 
 
 # --- Settings and verdicts -----------------------------------------------------------------------
-
-
-def test_a_method_gets_every_rate_named_for_it():
-    """Under a condition, whose fields every arm has; nothing else of the method changes."""
-    methods = {"sft": dict(lr=0, steps=7), "a, b": dict(steps=8)}
-    arms = settings.grid({"a, b": (1e-3, 2e-3), "sft": (0.5,)}, methods, "8, ", n=8)
-    b = dict(arm="8, a, b", family="a, b", rate=2e-3, n=8, settings=dict(steps=8, lr=2e-3))
-    assert arms[1] == b and arms[2]["settings"] == dict(lr=0.5, steps=7)
-    assert [report.label(arm) for arm in arms][::2] == ["8, a, b at 0.001", "8, sft at 0.5"]
 
 
 def test_rates_are_chosen_by_validation_alone():
@@ -441,6 +430,7 @@ def test_committed_results_fit_the_code(name):
         return
     fields = lambda row: {k: v for k, v in row.items() if k not in ("settings", "metrics")}
     assert [*map(fields, result["rows"])] == [*map(fields, experiment.arms)]
+    assert all(a["settings"]["lr"] == a["rate"] for a in experiment.arms if "rate" in a)
     for row in result["rows"]:
         seeds = 1 if row["arm"] in experiment.once else len(result["seeds"])
         for metric, values in row["metrics"].items():
