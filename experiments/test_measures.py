@@ -532,7 +532,8 @@ def expectation(loss_of, model, monkeypatch, n):
     """The mean of the gradient of loss_of() over all responses of at most n tokens."""
     average = 0
     for y in responses(n):
-        drawn = torch.tensor([[*y] + [0] * (n - len(y))]), torch.arange(n)[None] < len(y)
+        padded = torch.tensor([[*y] + [3] * (n + 1 - len(y))])  # (1, n + 1)
+        drawn = padded, torch.arange(n + 1)[None] < len(y)
         monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
         p = log_probability(model, TWO["prompts"][0], y).exp().item()
         average += p * kl.gradient(loss_of(), model)
