@@ -380,8 +380,6 @@ def train(student, base, tokenizer, facts, asked, seed, name, training):
         if step in (0, training.steps):
             about = dict(phase=name, skill=None, step=step)
             metrics, samples = watch.look(*models, rows, decode, is_correct, **settings, **about)
-            if isinstance(settings["eos_id"], list):
-                metrics.pop("never_ended")  # the look knows one end only
             metrics |= {axis: accuracy(student, tokenizer, asked[axis]) for axis in AXES}
             looks.append(about | {"loss": loss} | metrics)
             looks[-1]["warnings"] = watch.warnings(looks)

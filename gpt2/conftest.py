@@ -97,12 +97,13 @@ def weights(out):
     return checkpoint.load_model(str(out)).state_dict()
 
 
-def last_checkpoint(out):
-    return checkpoint.load_run(out)
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b, **tolerance):
+    """Bit for bit, if no tolerance is named."""
+    torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
 
 
 def metrics(out, *without):

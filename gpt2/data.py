@@ -36,9 +36,9 @@ def load_encoding(folder):
             return tiktoken.get_encoding("gpt2")
         except Exception as e:  # requests has many kinds of them
             raise OSError(
-                f"cannot load GPT-2's vocabulary ({type(e).__name__}): tiktoken downloads it on "
-                "first use; connect to the network once, set TIKTOKEN_CACHE_DIR to a folder that "
-                "has it, or put vocab.json and merges.txt beside the weights of --init_from"
+                f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); connect to the "
+                "network once, set TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json "
+                "and merges.txt beside the weights of --init_from"
             ) from None
     try:
         # tiktoken caches by path. The hashes make it read a file that has changed again.
@@ -80,15 +80,11 @@ def read_template(path):
         template = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
-    names = PLACEHOLDER.findall(template)
-    if unknown := [name for name in names if name not in ("prompt", "demonstration", "article")]:
+    names, others = set(PLACEHOLDER.findall(template)), {"demonstration", "article"}
+    if "prompt" not in names or not names & others or names - others - {"prompt"}:
         raise ValueError(
-            f"{path}: unknown placeholder {{{unknown[0]}}}; use {{prompt}}, {{demonstration}} "
-            "and {article}"
-        )
-    if "prompt" not in names or len(set(names)) == 1:
-        raise ValueError(
-            f"{path}: a template needs {{prompt}}, and {{demonstration}} or {{article}} or both"
+            f"{path}: a template needs {{prompt}}, and {{demonstration}} or {{article}} or both, "
+            "and no other placeholder"
         )
     return template
 
@@ -113,14 +109,13 @@ def read_jsonl(path):
             continue
         try:  # Some editors put a byte order mark before the first line.
             row = json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8"))
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{where}: byte {e.start} is not UTF-8; save the file as UTF-8")
-        except (ValueError, RecursionError) as e:
+            if not isinstance(row, dict):
+                raise TypeError(f"{type(row).__name__} in place of an object")
+        except (ValueError, TypeError, RecursionError) as e:
             reason = str(e)[:80]
-            raise ValueError(f"{where}: not JSON ({reason}); write one object a line") from None
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise ValueError(f"{where}: a line must be an object {{...}}, not {kind}")
+            raise ValueError(
+                f"{where}: not JSON in UTF-8 ({reason}); write one object {{...}} a line"
+            ) from None
         row = {name: value for name, value in row.items() if value is not None}
         for alias, name in ALIASES.items():
             if alias in row and name in row:
@@ -135,14 +130,10 @@ def read_jsonl(path):
 
 def text_of(row, name):
     """A field's text, which must be there and not be empty."""
-    text, where = row.get(name), row["where"]
-    if text is None:
-        raise ValueError(f"{where}: {name} is missing; add it to the line")
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise ValueError(f"{where}: {name} must be text, not {kind}; put it in double quotes")
-    if not text.strip():
-        raise ValueError(f"{where}: {name} is empty; fill it in or remove it")
+    text = row.get(name, "")
+    if not isinstance(text, str) or not text.strip():
+        problem = "missing, empty or no text; write it in double quotes"
+        raise ValueError(f"{row['where']}: {name} is {problem}")
     return text
 
 
@@ -212,19 +203,17 @@ class RowReader:
         self.note(f"{path} has fields that are not used", unused)
         glued = [row["where"] for row in rows if row.get("glued")]
         self.note("prompt and demonstration meet without a space or line break", glued)
+        fit = [row for row in rows if row["need"] <= self.block_size]
         too_long = [row for row in rows if row["need"] > self.block_size]
-        if too_long and not self.skip_long:
-            where, need = too_long[0]["where"], too_long[0]["need"]
+        if too_long and not (self.skip_long and fit):
             raise ValueError(
-                f"{where}: context and response need {need} tokens or more, and the model has "
-                f"n_positions={self.block_size}; shorten the row, lower --max_new_tokens, or drop "
-                f"such rows ({len(too_long)}) with --skip_long"
+                f"{too_long[0]['where']}: context and response need {too_long[0]['need']} tokens "
+                f"or more, and the model has n_positions={self.block_size}; shorten the row, lower "
+                f"--max_new_tokens, or drop such rows ({len(too_long)}) with --skip_long"
             )
         what = f"dropped rows that exceed n_positions={self.block_size} (--skip_long)"
         self.note(what, [row["where"] for row in too_long])
-        if len(too_long) == len(rows):
-            raise ValueError(f"{path}: no row fits n_positions={self.block_size}; shorten them")
-        return [row for row in rows if row["need"] <= self.block_size]
+        return fit
 
     def note(self, what, places):
         if places:

@@ -90,7 +90,7 @@ def perplexity(model, texts, eos_id, batch_size):
     """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
     nll, count = 0.0, 0
     for prompts, completions in batches(texts, batch_size, model.config.block_size):
-        tokens, mask = pad_right(completions, eos_id, device_of(model))
+        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
         log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
         nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()
         count += mask.sum().item()
@@ -101,62 +101,45 @@ def likeliest(model, questions, eos_id, batch_size):
     """For every (prompt, answer): is each token of the answer the likeliest one?"""
     right = []
     for prompts, answers in batches(questions, batch_size, model.config.block_size):
-        tokens, mask = pad_right(answers, eos_id, device_of(model))
+        tokens, mask = pad_right(answers, eos_id, next(model.parameters()).device)
         guesses = completion_logits(model, prompts, tokens).argmax(-1)  # (B, C)
         right += ((guesses == tokens) | ~mask).all(1).tolist()
     return right
-
-
-def device_of(model):
-    return next(model.parameters()).device
 
 
 # --- What data/watch.py looks at ------------------------------------------------------------------
 
 
 def rows_to_watch(sets, longest):
-    """The first training rows, and prior questions of at most `longest` tokens, for `watch.look`."""
+    """The first training rows and prior questions of at most `longest` tokens for `watch.look`."""
     rows = [row | {"kind": "new"} for row in sets["train"][:N_WATCHED]]
     for row in sets["prior"]:
         if "answer_ids" in row and len(row["prompt_ids"]) <= longest:
             same = {"teacher_prompt": row["prompt"], "teacher_ids": row["prompt_ids"]}
             rows.append(row | same | {"kind": "prior", "demonstration": ""})
-    names = ("kind", "prompt", "teacher_prompt", "demonstration", "teacher_ids")
-    return [
-        {name: row[name] for name in names}
-        | {"student_ids": row["prompt_ids"], "expected": row["answer"]}
-        for row in rows[: N_WATCHED + watch.N_SAMPLES]
-    ]
+    rows = [row | {"student_ids": row["prompt_ids"], "expected": row["answer"]} for row in rows]
+    names = ("kind", "prompt", "teacher_prompt", "demonstration", "expected")
+    names += ("student_ids", "teacher_ids")
+    return [{name: row[name] for name in names} for row in rows[: N_WATCHED + watch.N_SAMPLES]]
 
 
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def cells(scores, names):
-    """(heading, score as text) of each name; a dash if there is no such score."""
-    for name in names:
-        heading, form = COLUMNS.get(name, (name, "{:.2f}"))
-        yield heading, form.format(scores[name]) if name in scores else "-"
-
-
-def columns(*scores):
-    """Names of the scores that tables show; every file of --old has a column of its own."""
-    old = [name for some in scores for name in some if name.startswith("old ")]
-    return [*COLUMNS, *dict.fromkeys(old)]
-
-
 def line_of(scores):
-    """All scores on one line of the log."""
-    return "  ".join(f"{heading} {text}" for heading, text in cells(scores, columns(scores)))
+    """Scores or metrics on one line of the log."""
+    return "  ".join(f"{name} {x:.4g}" for name, x in scores.items() if x is not None)
 
 
 def table(rows):
-    """Markdown of (label, scores) rows."""
-    names = columns(*(scores for _, scores in rows))
-    headings = " | ".join(heading for heading, _ in cells({}, names))
-    lines = [f"| | {headings} |", "|---" + "|---:" * len(names) + "|"]
+    """Markdown of (label, scores) rows, a column for each file of --old; a dash is no score."""
+    old = [name for _, scores in rows for name in scores if name.startswith("old ")]
+    columns = COLUMNS | {name: (name, "{:.2f}") for name in old}
+    lines = ["| | " + " | ".join(heading for heading, _ in columns.values()) + " |"]
+    lines.append("|---" + "|---:" * len(columns) + "|")
     for label, scores in rows:
-        lines.append(f"| {label} | " + " | ".join(text for _, text in cells(scores, names)) + " |")
+        text = {name: columns[name][1].format(scores[name]) for name in columns if name in scores}
+        lines.append(f"| {label} | " + " | ".join(text.get(name, "-") for name in columns) + " |")
     return "\n".join(lines)
 
 
@@ -166,17 +149,10 @@ def report(folders):
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            base, final = (
-                {name: float(score) for name, score in results[when].items()}
-                for when in ("base", "final")
-            )
-            config = results["config"]
-            label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
-        except Exception:  # whatever a missing or damaged file makes the reader raise
-            raise ValueError(
-                f"there is no readable results.json in {folder}; --report takes the --out_dir of "
-                "finished runs"
-            ) from None
+            config, base, final = (results[name] for name in ("config", "base", "final"))
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ValueError(f"{folder} is not the --out_dir of a finished run") from None
+        label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))

@@ -3,7 +3,7 @@
     here               textbook            what is different
     rollout            sdft.rollout        a random stream per row; inverse-CDF sampling
     RolloutGPT         model.GPT           matrices packed for oneDNN; a copy in bfloat16
-    lean               model.Block         computes again, in the backward pass, what is cheap
+    save_memory        model.Block         computes again, in the backward pass, what is cheap
     chunked_sdft_loss  sdft.sdft_loss      the logits of one chunk of tokens at a time
     distill_backward   sdft.distill_loss   micro-batches, and the backward pass
     train_step         sdft.train_step     several processes, and all of the above
@@ -178,7 +178,7 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def lean(model):
+def save_memory(model):
     """Change a GPT in place so that it trains in less memory: same weights, outputs, gradients.
 
     The embedding's gradient is sparse; `distill_backward` adds the output layer's dense one.
@@ -278,7 +278,7 @@ def distill_backward(
         total += (loss * len(hidden) / B).item()
         parts.append(divergences)
     if head.requires_grad:
-        # The embedding's gradient of a lean model has only the rows that were read. So far a
+        # After `save_memory` the embedding's gradient has only the rows that were read. So far a
         # single dense (V, D) gradient was there.
         read = head.grad.coalesce() if head.grad.is_sparse else head.grad
         head.grad = head_grad.add_(read)

@@ -5,7 +5,6 @@ import random
 import re
 
 import pytest
-import tiktoken
 
 from data.scoring import contains
 from gpt2 import data as data_file
@@ -19,10 +18,6 @@ ROW = {"prompt": "Where?\n", "demonstration": "In the hat.", "article": "A hat."
 def read(path, kind="training", block_size=320, max_new_tokens=8, **settings):
     reader = RowReader(BYTES, block_size, max_new_tokens, **settings)
     return reader.read(path, getattr(reader, kind))
-
-
-def teacher_text(path, **settings):
-    return [BYTES.decode(row["teacher_ids"]) for row in read(path, **settings)]
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -41,7 +36,7 @@ def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
         load_encoding(tmp_path)
 
 
-@pytest.mark.parametrize("eos", ["262", 0, 261, 263, 262.0, None])
+@pytest.mark.parametrize("eos", [0, 261, None])
 def test_the_end_token_must_be_the_last(eos, tmp_path):
     """With another number no response would end, or each with its first token."""
     write_vocabulary(tmp_path)
@@ -49,17 +44,6 @@ def test_the_end_token_must_be_the_last(eos, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     with pytest.raises(ValueError, match=r"vocab.json .*endoftext.* as the last token"):
         load_encoding(tmp_path)
-
-
-def test_without_network_the_cache_folder_is_named(monkeypatch):
-    """tiktoken's own error does not tell what to do."""
-
-    def offline(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(OSError, match="network.*TIKTOKEN_CACHE_DIR"):
-        load_encoding(None)
 
 
 def test_special_tokens_in_data_are_text(tmp_path):
@@ -76,40 +60,29 @@ def test_decoding_stops_at_the_end_token():
     assert data_file.decode(BYTES, [72, 105, 300, 256, 72]) == "Hi\ufffd"
     assert data_file.to_bytes(BYTES, [72, 256]) == b"H"
     assert data_file.to_bytes(BYTES, [256]) == b"<|endoftext|>"
-    tokens, mask = pad_right([[1, 2, 3], [4]], 256, "cpu")
-    assert tokens.tolist() == [[1, 2, 3], [4, 256, 256]] and mask.sum(1).tolist() == [3, 1]
 
 
 # --- What the teacher reads -----------------------------------------------------------------------
 
 
-def test_the_teacher_reads_what_its_flag_names(tmp_path):
-    """--teacher_reads; the student never reads more than the prompt."""
-    path = write_rows(tmp_path / "d.jsonl", [ROW])
-    template = teacher_context("Where?\n", "In the hat.")
+@pytest.mark.parametrize("reads", ["article", "demonstration", "both"])
+def test_the_teacher_reads_what_its_flag_names(reads, tmp_path):
+    """A row needs it, else the teacher would silently read less; `both` does without an article."""
+    path, template = tmp_path / "d.jsonl", teacher_context("Where?\n", "In the hat.")
     expected = {"article": "A hat.\n\nWhere?\n", "demonstration": template}
     expected["both"] = "A hat.\n\n" + template
-    for name, text in expected.items():
-        (row,) = read(path, template=TEMPLATES[name])
-        assert BYTES.decode(row["teacher_ids"]) == row["teacher_prompt"] == text
-        assert BYTES.decode(row["prompt_ids"]) == "Where?\n"
-    assert teacher_text(path) == [expected["both"]]  # the default
-
-
-@pytest.mark.parametrize("missing", ["article", "demonstration"])
-@pytest.mark.parametrize("reads", ["article", "demonstration", "both"])
-def test_a_row_needs_what_the_teacher_reads(reads, missing, tmp_path):
-    """Otherwise the teacher would silently read less; only `both` does without an article."""
-    rows = [ROW, ROW | {missing: None}]
-    path = write_rows(tmp_path / "d.jsonl", rows)
-    if missing == reads or (reads, missing) == ("both", "demonstration"):
-        with pytest.raises(ValueError, match=f"d.jsonl:2: {missing} is missing"):
-            read(path, template=TEMPLATES[reads])
-    else:
-        assert len(read(path, template=TEMPLATES[reads])) == 2
-    if missing == "demonstration":
-        with pytest.raises(ValueError, match="d.jsonl:2: demonstration is missing"):
-            read(path, template=TEMPLATES[reads], imitates=True)  # SFT
+    (row,) = read(write_rows(path, [ROW]), template=TEMPLATES[reads])
+    assert BYTES.decode(row["teacher_ids"]) == row["teacher_prompt"] == expected[reads]
+    assert BYTES.decode(row["prompt_ids"]) == "Where?\n"  # the student reads no more
+    for missing in ("article", "demonstration"):
+        write_rows(path, [ROW, ROW | {missing: None}])
+        if missing == reads or (reads, missing) == ("both", "demonstration"):
+            with pytest.raises(ValueError, match=f"d.jsonl:2: {missing} is missing"):
+                read(path, template=TEMPLATES[reads])
+        else:
+            assert len(read(path, template=TEMPLATES[reads])) == 2
+    with pytest.raises(ValueError, match="d.jsonl:2: demonstration is missing"):
+        read(path, template=TEMPLATES[reads], imitates=True)  # SFT
 
 
 def test_a_template_file_is_taken_as_it_stands(tmp_path):
@@ -117,90 +90,67 @@ def test_a_template_file_is_taken_as_it_stands(tmp_path):
     row = ROW | {"demonstration": "{prompt} {x}"}
     path, file = write_rows(tmp_path / "d.jsonl", [row]), tmp_path / "t.txt"
     file.write_text("{article}|{prompt}|{demonstration}|{prompt}{ }{}")
-    text = "A hat.|Where?\n|{prompt} {x}|Where?\n{ }{}"
-    assert teacher_text(path, template=data_file.read_template(file)) == [text]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"{prompt} {demo}", r"t.txt: unknown placeholder \{demo\}; use \{prompt\}, "),
-        (b"{demonstration}", r"t.txt: a template needs \{prompt\}"),
-        (b"{prompt} {prompt}", r"t.txt: a template needs \{prompt\}, and \{demonstration\}"),
-        (b"{prompt} {article} \xff", "t.txt: byte 19 is not UTF-8"),
-    ],
-)
-def test_a_wrong_template_is_named(content, message, tmp_path):
-    """Exactly: a mistyped placeholder would otherwise be read by the teacher as text."""
-    (tmp_path / "t.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        data_file.read_template(tmp_path / "t.txt")
+    (row,) = read(path, template=data_file.read_template(file))
+    assert row["teacher_prompt"] == "A hat.|Where?\n|{prompt} {x}|Where?\n{ }{}"
 
 
 # --- Rows -----------------------------------------------------------------------------------------
 
 LINE = json.dumps(ROW).encode()
+TEMPLATE_LINES = [b"{prompt} {article} {demo}", b"{demonstration}", b"{prompt} {prompt}"]
 BAD_LINES = [  # and a word of the message
-    *((LINE[:n], "not JSON") for n in (1, 9, 40, len(LINE) - 1)),
+    *((LINE[:n], "not JSON") for n in (1, 40, len(LINE) - 1)),
     *((value, "not JSON") for value in (b"{}{}", b"{'prompt': 1}", b"[" * 100_000, b"9" * 5000)),
-    *((value, "object") for value in (b"7", b"null", b'"text"', b"[{}]", b"NaN", b"1e999")),
-    *((LINE[:n] + b"\xff" + LINE[n:], "UTF-8") for n in (0, 13, len(LINE))),
+    *((value, "in place of an object") for value in (b"7", b"null", b'"text"', b"[{}]", b"NaN")),
+    (LINE[:13] + b"\xff" + LINE[13:], "UTF-8"),
     (b"\xef\xbb\xbf" + LINE, "JSON"),
     (json.dumps(ROW | {"privileged_context": "D"}).encode(), "same field"),
-    *((json.dumps(ROW | {f: 7}).encode(), f"{f} must be text, not int") for f in ROW),
-    *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is empty") for f in ROW),
-    *(
-        (json.dumps(ROW | {f: None}).encode(), f"{f} is missing")
-        for f in ("prompt", "demonstration")
-    ),
-    *((json.dumps(ROW | {f: "long " * 99}).encode(), "n_positions") for f in ("prompt", "article")),
+    *((json.dumps(ROW | {f: 7}).encode(), f"{f} is missing, empty or no text") for f in ROW),
+    *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is missing, empty") for f in ROW),
+    (json.dumps(ROW | {"prompt": None}).encode(), "prompt is missing"),
+    (json.dumps(ROW | {"prompt": " " * 10**6 + "x"}).encode(), "n_positions"),  # tiktoken panics
 ]
 
 
-@pytest.mark.parametrize("bad, word", BAD_LINES)
-def test_every_bad_line_is_named_by_number(bad, word, tmp_path):
-    """File, line and what is wrong."""
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(LINE + b"\n" + bad + b"\n" + LINE)
-    with pytest.raises(ValueError) as error:
-        read(path)
-    message = str(error.value)
-    assert f"{path}:2: " in message and word in message and len(message.splitlines()) == 1
+def test_every_bad_line_is_named_by_number(tmp_path):
+    """File, line and what is wrong. A mistyped placeholder would be read as text."""
+    write_vocabulary(tmp_path)
+    path, enc = tmp_path / "bad.jsonl", load_encoding(tmp_path)
+    for bad, word in BAD_LINES:
+        path.write_bytes(LINE + b"\n" + bad + b"\n" + LINE)
+        with pytest.raises(ValueError) as error:
+            reader = RowReader(enc, 320, 8)
+            reader.read(path, reader.training)
+        message = str(error.value)
+        assert f"{path}:2: " in message and word in message, (bad[:80], message)
+        assert len(message.splitlines()) == 1
+    for bad in TEMPLATE_LINES:
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="bad.jsonl: a template needs {prompt}, and "):
+            data_file.read_template(path)
 
 
-def test_aliases_are_read_and_unused_fields_noted(tmp_path):
-    """TRL's privileged_context, an earlier context; a byte order mark; nulls; a mistyped answer."""
-    row = {"prompt": "Q\n", "privileged_context": "D", "context": "A", "anwser": "D"}
+def test_what_is_odd_is_noted(tmp_path):
+    """Names of TRL and of old, a byte order mark, nulls; a mistyped answer; "Q:" beside "A"."""
+    row = {"prompt": "Q:", "privileged_context": "D", "context": "A", "anwser": "D"}
     row |= {"answer": None, "demonstration": None}
+    others = [{"prompt": "Q:", "demonstration": " A"}, {"prompt": "Q:\n", "demonstration": "A"}]
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode())
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, [row, *others])).encode())
     reader = RowReader(BYTES, 320, 8)
-    (out,) = reader.read(path, reader.training)
-    assert BYTES.decode(out["teacher_ids"]) == "A\n\n" + teacher_context("Q\n", "D")
-    (note,) = reader.notes
-    assert re.search(r"not used, 1 in all, the first at 'anwser' \(.*d.jsonl:1\)", note)
-
-
-def test_prompts_that_touch_their_response_are_noted(tmp_path):
-    """A response follows its prompt as it stands: "Q:" and "A" would become "Q:A"."""
-    demonstrations = ["A", " A", "A"]
-    rows = [{"prompt": p, "demonstration": d} for p, d in zip(["Q:", "Q:", "Q:\n"], demonstrations)]
-    reader = RowReader(BYTES, 320, 8)
-    reader.read(write_rows(tmp_path / "d.jsonl", rows), reader.training)
-    (note,) = reader.notes
-    assert re.search(r"meet without .*, 1 in all, the first at .*d.jsonl:1$", note)
+    out = reader.read(path, reader.training)[0]
+    assert out["teacher_prompt"] == "A\n\n" + teacher_context("Q:", "D")
+    unused, glued = reader.notes
+    assert re.search(r"not used, 1 in all, the first at 'anwser' \(.*d.jsonl:1\)", unused)
+    assert re.search(r"meet without .*, 1 in all, the first at .*d.jsonl:1$", glued)
 
 
 ARTICLE = dict(template=TEMPLATES["article"])
+SFT, LONG = ARTICLE | {"imitates": True}, "long " * 9
 NEEDS = [  # kind of row, row, settings of the reader, tokens of one byte each
     ("training", ROW, {}, "A hat.\n\n" + teacher_context("Where?\n", "In the hat.") + "8" * 8),
     ("training", ROW, ARTICLE, "A hat.\n\nWhere?\n" + "8" * 8),
-    (
-        "training",
-        ROW | {"demonstration": "long " * 9},
-        ARTICLE | {"imitates": True},
-        "Where?\n" + "long " * 9 + ".",
-    ),  # the end token
+    ("training", ROW | {"demonstration": LONG}, SFT, "Where?\n" + LONG + "$"),  # the end token
     ("task", ROW, {}, "Where?\n" + "8" * 8),
     ("prior", {"text": "some text"}, {}, "some text"),
     ("prior", ROW, {}, "Where?\nhat"),
@@ -212,23 +162,13 @@ def test_a_row_may_fill_the_block_exactly(kind, row, settings, tokens, tmp_path)
     """One token less of block_size is an error, or the row is dropped and counted."""
     path, need = write_rows(tmp_path / "d.jsonl", [row]), len(tokens)
     assert len(read(path, kind, need, **settings)) == 1
-    with pytest.raises(ValueError, match=rf"d.jsonl:1: .* {need} tokens.*\(1\) with --skip_long"):
-        read(path, kind, need - 1, **settings)
-    with pytest.raises(ValueError, match="no row fits"):
-        read(path, kind, need - 1, skip_long=True, **settings)
+    for skip in (False, True):  # Not all rows are dropped.
+        with pytest.raises(ValueError, match=rf"d.jsonl:1: .* {need} tokens.*\(1\) with --skip"):
+            read(path, kind, need - 1, skip_long=skip, **settings)
     reader = RowReader(BYTES, need, 8, skip_long=True, **settings)
     long = {name: "long " * 100 for name in row}
     assert len(reader.read(write_rows(path, [row, long]), getattr(reader, kind))) == 1
     assert re.search("dropped rows .*, 1 in all, the first at .*d.jsonl:2", reader.notes[-1])
-
-
-def test_a_million_blanks_are_too_long(tmp_path):
-    """tiktoken would panic, with a traceback that no except clause for Exception catches."""
-    write_vocabulary(tmp_path)
-    reader = RowReader(load_encoding(tmp_path), 320, 8)
-    path = write_rows(tmp_path / "d.jsonl", [ROW, ROW | {"prompt": " " * 10**6 + "x"}])
-    with pytest.raises(ValueError, match="d.jsonl:2: .*n_positions=320"):
-        reader.read(path, reader.training)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -251,19 +191,13 @@ def test_batches_split_what_does_not_fit_together():
     assert [p for prompts, completions in parts for p in zip(prompts, completions)] == pairs
     for prompts, completions in parts:
         assert len(prompts) <= 8 and max(map(len, prompts)) + max(map(len, completions)) <= 20
+    tokens, mask = pad_right([[1, 2, 3], [4]], 256, "cpu")
+    assert tokens.tolist() == [[1, 2, 3], [4, 256, 256]] and mask.sum(1).tolist() == [3, 1]
 
 
 def test_the_shipped_data_is_valid():
-    """Every fact can be learned from its article, and no test question is trained on."""
-
-    def load(name, kind):
-        return read(ROOT / "data" / f"{name}.jsonl", kind, block_size=4096, max_new_tokens=64)
-
-    rows = load("facts", "training") + load("units", "training")
-    assert all(contains(row["demonstration"], row["answer"]) for row in rows) and len(rows) == 48
-    for line in (ROOT / "data" / "facts.jsonl").read_text(encoding="utf-8").splitlines():
-        assert contains(json.loads(line)["article"], json.loads(line)["answer"])
-    prior = load("prior", "prior")
-    assert [sum(key in row for row in prior) for key in ("answer_ids", "text_ids")] == [24, 8]
-    tests = load("facts_ood", "task") + load("units_test", "task")
-    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in tests}
+    """Every row can be read, and a demonstration has its answer."""
+    kinds = {"facts": "training", "units": "training", "prior": "prior"}
+    for name, kind in (kinds | {"facts_ood": "task", "units_test": "task"}).items():
+        for row in read(ROOT / "data" / f"{name}.jsonl", kind, 4096):
+            assert kind != "training" or contains(row["demonstration"], row["answer"])

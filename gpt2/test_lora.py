@@ -1,12 +1,13 @@
 """What gpt2/lora.py guarantees: adapters over one set of frozen weights. CPU only, offline."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from gpt2 import checkpoint, fast, lora, train
-from gpt2.conftest import flags, small_gpt
+from gpt2.conftest import Killed, flags, resume, same, small_gpt, weights
 
 TOKENS = torch.tensor([[3, 5, 7, 11, 13], [17, 19, 23, 29, 31]])
 CONTEXTS = [[3, 5], [7]], [[2, 3, 5], [2, 7]], 6, 262  # of both roles, most tokens, end token
@@ -21,10 +22,6 @@ def adapted(base, rank=3, alpha=8.0, noise=0.0):
     return model
 
 
-def same(a, b, **tolerance):
-    torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
-
-
 def test_untrained_adapters_change_nothing():
     """B = 0: the logits are the base's bit for bit, though A is not 0. All else is frozen."""
     base = small_gpt()
@@ -33,18 +30,6 @@ def test_untrained_adapters_change_nothing():
     assert wants_gradient == lora.trained(model).keys()
     same(model(TOKENS), base(TOKENS))
     assert all(w.any() for name, w in lora.trained(model).items() if name.endswith("lora_A"))
-
-
-def test_a_layer_is_low_rank_beside_the_base():
-    """y = x Wᵀ + b + α/r x Aᵀ Bᵀ, written out, on all four linear layers of a block."""
-    base = small_gpt()
-    model = adapted(base, rank=2, alpha=6.0, noise=0.3)
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        plain, layer = base.h[1].get_submodule(name), model.h[1].get_submodule(name)
-        x = torch.randn(4, plain.weight.size(1))
-        W = plain.weight + 6.0 / 2 * layer.lora_B @ layer.lora_A
-        same(layer(x), x @ W.t() + plain.bias, rtol=1e-4, atol=1e-5)
-    assert len(lora.trained(model)) == 2 * 4 * 2  # A and B of four layers in two blocks
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
@@ -82,32 +67,20 @@ def test_all_roles_share_the_frozen_weights():
     assert all(a[k].data_ptr() != b[k].data_ptr() and torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_only_adapters_have_gradients_and_change(method):
-    """The EMA teacher averages them, and nothing else of it moves."""
+@pytest.mark.parametrize("alpha", [0.25, 0.0])
+def test_only_adapters_change(alpha):
+    """The EMA teacher averages them, and nothing else of it moves; a frozen one is the base."""
     student = adapted(small_gpt(ends=3.0), noise=0.1)
-    teacher = lora.share(student).requires_grad_(False)
-    with torch.no_grad():
-        lora.trained(teacher)["h.0.attn.c_attn.lora_B"].add_(1.0)
-    before, teacher_before = (
-        {k: w.clone() for k, w in m.state_dict().items()} for m in (student, teacher)
-    )
+    teacher = lora.share(student).requires_grad_(False) if alpha else small_gpt(ends=3.0)
+    before, teacher_before = copy.deepcopy([m.state_dict() for m in (student, teacher)])
     optimizer = torch.optim.SGD(lora.trained(student).values(), lr=0.5)
-    with_gradient = set()
-    optimizer.register_step_pre_hook(
-        lambda *_: with_gradient.update(
-            k for k, p in student.named_parameters() if p.grad is not None
-        )
-    )
-    if method == "sft":
-        fast.sft_step(student, optimizer, CONTEXTS[0], [[11, 262], [13, 262]], 262)
-    else:
-        streams = fast.row_generators(0, 0, range(2), "cpu")
-        fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=0.25)
-        mean = {k: 0.25 * w + 0.75 * teacher_before[k] for k, w in student.state_dict().items()}
-        same(teacher.state_dict(), mean, rtol=1e-6, atol=1e-7)
+    streams = fast.row_generators(0, 0, range(2), "cpu")
+    fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=alpha)
+    after = student.state_dict() if alpha else teacher_before
+    mean = {k: alpha * after[k] + (1 - alpha) * w for k, w in teacher_before.items()}
+    same(teacher.state_dict(), mean, rtol=1e-6, atol=1e-7)
     changed = {k for k, w in student.state_dict().items() if not w.equal(before[k])}
-    assert changed == with_gradient == lora.state(student).keys()
+    assert changed == lora.state(student).keys()
     assert all(k.endswith(("lora_A", "lora_B")) for k in changed)
 
 
@@ -130,40 +103,25 @@ def adapters_of(out):
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole, monkeypatch):
-    """Weights and samples, bit for bit, after a kill in the middle of step 3."""
+    """Weights and samples, bit for bit, after a kill in the middle of step 3; the seed decides."""
 
-    class Killed(BaseException):
-        pass
-
-    def killed(*arguments, **options):
-        steps.append(1)
-        if len(steps) == 3:
+    def killed(run, *rest):
+        if run.step == 2:
             raise Killed
-        return step(*arguments, **options)
+        return update(run, *rest)
 
-    steps, step, out = [], fast.train_step, tmp_path / "out"
-    monkeypatch.setattr(fast, "train_step", killed)
+    update, out = train.update, tmp_path / "out"
+    monkeypatch.setattr(train, "update", killed)
     with pytest.raises(Killed):
         run(base, data, out)
     monkeypatch.undo()
-    train.main(["--resume", "--out_dir", str(out)])
-    same(
-        checkpoint.load_model(str(out)).state_dict(), checkpoint.load_model(str(whole)).state_dict()
-    )
+    resume(out)
+    same(weights(out), weights(whole))
     same(adapters_of(out), adapters_of(whole))
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-
-
-def test_the_seed_decides_how_adapters_start(base, data, tmp_path):
-    """And nothing else does, so that a run can be repeated; at a rate of 0 they stay there."""
-    starts = []
-    for i, seed in enumerate((1, 1, 2)):
-        torch.rand(1)
-        out = run(base, data, tmp_path / str(i), *f"--seed {seed} --lr 0 --steps 1".split())
-        starts.append(adapters_of(out))
-    same(starts[0], starts[1])
+    other = run(base, data, tmp_path / "other", "--seed", "1", "--lr", "0")
     A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
-    assert not starts[0][A].equal(starts[2][A])
+    assert (adapters_of(other)[A] - adapters_of(whole)[A]).abs().max() > 0.2
 
 
 def test_transformers_and_peft_open_the_folders(base, whole):
@@ -174,11 +132,8 @@ def test_transformers_and_peft_open_the_folders(base, whole):
     same(merged(TOKENS).logits, ours, atol=1e-4)
     peft = pytest.importorskip("peft", reason="peft is not installed; it is optional")
     plain = transformers.GPT2LMHeadModel.from_pretrained(base)
-    same(
-        peft.PeftModel.from_pretrained(plain, whole / "adapter").eval()(TOKENS).logits,
-        ours,
-        atol=1e-4,
-    )
+    adapted = peft.PeftModel.from_pretrained(plain, whole / "adapter").eval()
+    same(adapted(TOKENS).logits, ours, atol=1e-4)
     fields = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"]) == (3, 8)
     assert fields["base_model_name_or_path"] == str(base)

@@ -12,17 +12,13 @@ Every random number follows from --seed, the step and the row's place in the min
 run repeats the uninterrupted one, and micro-batches or processes do not change what is sampled.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends it
-
 import argparse
 import contextlib
 import datetime
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -38,11 +34,6 @@ from gpt2 import checkpoint, evaluate, fast, lora
 from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch, read_template, to_bytes
 from model import GPT
 
-LOG_LINE = {
-    "sdft": "loss {loss:.4f}  divergence {divergence:.4f}  length {length:5.1f}  "
-    "truncated {truncated:4.0%}  {tokens_per_s:6.0f} tok/s  {left:4.0f} s left",
-    "sft": "loss {loss:.4f}  length {length:5.1f}  {tokens_per_s:6.0f} tok/s  {left:4.0f} s left",
-}
 
 # --- Flags ----------------------------------------------------------------------------------------
 
@@ -83,32 +74,17 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     p.add_argument("--report", nargs="+", metavar="RUN", help="print a table of finished runs")
     p.add_argument(
-        "--keep",
-        choices=("last", "best"),
-        default="last",
-        help="best: also the weights of the evaluation with the best score on --test, in best/",
+        "--keep", choices=("last", "best"), default="last", help="also what scored best, in best/"
     )
     # The method.
     p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="or SFT to compare")
-    p.add_argument(
-        "--divergence",
-        choices=("reverse", "forward", "jsd"),
-        default="reverse",
-        help="reverse is the paper's Eq. (1), forward is behind its results",
-    )
-    p.add_argument(
-        "--teacher",
-        choices=("ema", "frozen", "live"),
-        default="ema",
-        help="its weights: moving average of the student, the start, the student itself",
-    )
+    divergences, teachers = ("reverse", "forward", "jsd"), ("ema", "frozen", "live")
+    p.add_argument("--divergence", choices=divergences, default="reverse", help="reverse: Eq. (1)")
+    p.add_argument("--teacher", choices=teachers, default="ema", help="EMA, start or the student")
     p.add_argument("--ema_alpha", type=share, default=0.02, help="the student's share in the EMA")
     reads = p.add_mutually_exclusive_group()
     reads.add_argument(
-        "--teacher_reads",
-        choices=tuple(TEMPLATES),
-        default="both",
-        help="the article and the prompt, the paper's template, or this with the article in front",
+        "--teacher_reads", choices=tuple(TEMPLATES), default="both", help="beside the prompt"
     )
     reads.add_argument(
         "--teacher_template", metavar="FILE", help="text of {prompt}, {demonstration}, {article}"
@@ -119,27 +95,17 @@ def parse_args(argv=None):
     # The updates.
     p.add_argument("--steps", type=positive, default=100, help="updates")
     p.add_argument("--batch_size", type=number(int, 1, 2**16), default=8, help="rows per update")
-    p.add_argument(
-        "--micro_batch", type=positive, help="rows per forward and backward pass; saves memory"
-    )
+    p.add_argument("--micro_batch", type=positive, help="rows per pass; saves memory")
     p.add_argument("--lr", type=share, default=1e-5, help="peak learning rate")
     p.add_argument("--warmup", type=natural, default=10, help="updates; then a cosine to 0")
     p.add_argument("--weight_decay", type=share, default=0.0, help="of AdamW")
     p.add_argument("--grad_clip", type=scale, default=1.0, help="largest gradient norm")
-    p.add_argument(
-        "--lora_rank", type=number(int, 1, 2**16), help="train adapters of this rank only"
-    )
-    p.add_argument(
-        "--lora_alpha", type=scale, default=16.0, help="adapters are scaled by alpha/rank"
-    )
-    p.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random"
-    )
+    p.add_argument("--lora_rank", type=number(int, 1, 2**16), help="of adapters, trained alone")
+    p.add_argument("--lora_alpha", type=scale, default=16.0, help="adapters times alpha/rank")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws")
     # The machine and the log.
     p.add_argument("--device", help="cpu, cuda or mps; without it the best available")
-    p.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="of the arithmetic; weights: float32"
-    )
+    p.add_argument("--dtype", choices=dtypes, default="auto", help="of the arithmetic")
     p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="of what samples")
     p.add_argument("--log_every", type=positive, default=10, help="updates between log lines")
     p.add_argument("--eval_every", type=positive, default=50, help="updates between evaluations")
@@ -160,19 +126,15 @@ def parse_args(argv=None):
 def pick_device(name):
     """The named device or the best available; of several GPUs, that of this process."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else mps
     try:
-        device = torch.device(name or best)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else mps))
         if device == torch.device("cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device).item()
         return device
     except Exception:  # each backend has its own
-        raise ValueError(
-            f"--device {name} is not available with torch {torch.__version__}; leave the flag out, "
-            "or use cpu"
-        ) from None
+        raise ValueError(f"--device {name} is not available; use another, or cpu") from None
 
 
 def compute_dtype(name, device):
@@ -227,10 +189,7 @@ class Run:
 
 def prepare(args, saved, device):
     """Read and check all that a run needs, from the start or from the checkpoint `saved`."""
-    paths = [args.data, args.test, args.ood, args.eval, args.teacher_template, *(args.old or [])]
-    for path in filter(None, paths):
-        os.stat(path)  # A wrong name is told before seconds go into the model.
-    student = fast.lean(checkpoint.load_model(args.init_from).to(device))
+    student = fast.save_memory(checkpoint.load_model(args.init_from).to(device))
     enc, c = load_encoding(checkpoint.source_folder(args.init_from)), student.config
     if enc.n_vocab > c.vocab_size:
         raise ValueError(
@@ -239,15 +198,10 @@ def prepare(args, saved, device):
         )
     base = checkpoint.load_model(args.base).config if args.base else c
     if (base.vocab_size, base.block_size) != (c.vocab_size, c.block_size):
-        raise ValueError(
-            f"--base {args.base} has another vocab_size or n_positions than --init_from "
-            f"{args.init_from}; name a model with the same"
-        )
+        raise ValueError("--base must have the vocab_size and n_positions of --init_from")
     sets = read_sets(args, enc, c.block_size)
     if args.keep == "best" and not sets["test"]:
-        raise ValueError(
-            "--keep best needs a score: name --test, or add an answer to --data's rows"
-        )
+        raise ValueError("--keep best needs a score: name --test, or add answers to --data")
 
     start = teacher = None
     if args.lora_rank:
@@ -292,15 +246,11 @@ def open_folder(args, argv):
         for name, value in vars(args).items():
             was = getattr(own, name)
             if value != was and name not in ("resume", "out_dir", "device"):
-                raise ValueError(
-                    f"--{name} {value} differs from the run in {args.out_dir}, which has {was}; "
-                    "leave it out with --resume"
-                )
+                raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
         return saved, args
     checkpoint.check_new(args.out_dir)
     if not args.data:
-        where = f"there is no checkpoint in {args.out_dir}, and " if args.resume else ""
-        raise ValueError(f"{where}--data is missing: name a JSONL file of prompts to learn from")
+        raise ValueError(f"--data is missing, and there is no run in {args.out_dir} to --resume")
     return None, args
 
 
@@ -314,8 +264,8 @@ def restore(run, saved):
         run.optimizer.load_state_dict(saved["optimizer"])
     except Exception:  # whatever other contents make PyTorch raise
         raise ValueError(
-            f"the newest checkpoint in {run.args.out_dir} does not fit --init_from "
-            f"{run.args.init_from}; restore that model, or start again in another --out_dir"
+            f"the newest checkpoint does not fit --init_from {run.args.init_from}; "
+            "restore that model, or start again in another --out_dir"
         ) from None
 
 
@@ -432,7 +382,7 @@ def measure(run):
     out = Path(args.out_dir)
     files.append(out / "samples.jsonl", samples)
     files.append(out / "metrics.jsonl", [row])
-    earlier = [look["new"] for look in run.looks if look["step"] and "new" in look]
+    earlier = [look["new"] for look in run.looks if look.get("step") and "new" in look]
     if args.keep == "best" and run.step and row["new"] > max(earlier, default=-1):
         save_weights(run, out / "best")
     run.looks.append(row)
@@ -440,7 +390,7 @@ def measure(run):
 
 
 def finite_numbers(row):
-    """What later evaluations use of an earlier one, whatever a file of old may hold."""
+    """What later evaluations use of an earlier one, whatever someone has written into the file."""
     return {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < math.inf}
 
 
@@ -453,21 +403,17 @@ def fine_tune(args, argv, rank, n_processes):
     began = time.perf_counter()
     saved, args = open_folder(args, argv)
     if args.batch_size % n_processes:
-        raise ValueError(
-            f"--batch_size {args.batch_size} must be a multiple of the {n_processes} processes"
-        )
+        raise ValueError(f"--batch_size must be a multiple of the {n_processes} processes")
     device = pick_device(args.device)
     if n_processes > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     run = prepare(args, saved, device)
     run.argv, out = saved["argv"] if saved else argv, Path(args.out_dir)
-    n_trained = sum(w.numel() for w in lora.trained(run.student).values())
     print(
-        f"{args.method} from {args.init_from}: {n_trained / 1e6:.1f}M weights are trained, "
-        f"{len(run.sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
-        f"device {device} x {n_processes}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {compute_dtype(args.dtype, device)}"
+        f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
+        f"a step, steps {run.step + 1} to {args.steps}, {compute_dtype(args.dtype, device)}\n"
+        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
     # The base's scores, and logs that end where the checkpoint does.
@@ -481,8 +427,6 @@ def fine_tune(args, argv, rank, n_processes):
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
-    if saved:
-        print(f"resumed at step {run.step}")
     if n_processes > 1:
         dist.barrier()
 
@@ -506,10 +450,7 @@ def fine_tune(args, argv, rank, n_processes):
         indices = minibatch(len(data), args.batch_size, run.step, args.seed)
         rows = [data[indices[place]] for place in places]
         generators = fast.row_generators(args.seed, run.step, places, device)
-        try:
-            loss, info = update(run, rows, generators)
-        except FloatingPointError as e:
-            raise FloatingPointError(f"step {run.step + 1}: {e}") from None
+        loss, info = update(run, rows, generators)
         metrics, n, stopped = averages(run, loss, info, bool(stop))
         run.step, tokens = run.step + 1, tokens + n
         done, head = run.step == args.steps, f"step {run.step:5}/{args.steps}  "
@@ -521,7 +462,7 @@ def fine_tune(args, argv, rank, n_processes):
             row = {"phase": args.method, "step": run.step} | metrics
             files.append(out / "metrics.jsonl", [row])
             left = (now - start) / (run.step - first) * (args.steps - run.step)
-            print(head + LOG_LINE[args.method].format(**metrics, left=left))
+            print(f"{head}{evaluate.line_of(metrics)}  {left:.0f} s left")
             last, tokens = now, 0
         if rank == 0 and run.step % args.eval_every == 0 and not done:
             print(head + evaluate.line_of(measure(run)))
@@ -548,33 +489,21 @@ def fine_tune(args, argv, rank, n_processes):
         checkpoint.write_json(out / "results.json", results)
         rows = [("base", run.base_scores), (f"{args.method}, {args.steps} steps", final)]
         print("\n" + evaluate.table(rows))
-        names = "weights, results.json, metrics.jsonl and samples.jsonl"
-        print(f"\n{names} are in {out}; {results['seconds']:.0f} s")
+        print(f"\nweights, scores and logs are in {out}; {results['seconds']:.0f} s")
     if n_processes > 1:
         dist.barrier()
         dist.destroy_process_group()
     return not stopped
 
 
-def process_numbers():
-    """Rank and number of processes, which torchrun puts into the environment."""
-    rank, n_processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and n_processes.isdecimal() and int(rank) < int(n_processes)):
-        raise ValueError(
-            f"RANK and WORLD_SIZE in the environment are {rank!r} and {n_processes!r}, not as "
-            "torchrun sets them; unset both for one process"
-        )
-    return int(rank), int(n_processes)
-
-
 def sentence_of(e, out_dir):
     """What a user reads in place of a traceback; None if the program is at fault."""
+    full = "out of memory" in str(e) or "allocate memory" in str(e)  # on a GPU, on a CPU
+    if full and isinstance(e, RuntimeError):
+        return "the memory is full; lower --micro_batch, --max_new_tokens or --batch_size"
     if isinstance(e, FloatingPointError):
         remedy = f"delete the newest file in {out_dir}/checkpoints, and it goes on from the other"
         return f"{e}; if --resume ends here again, {remedy}"
-    if checkpoint.memory_is_full(e):
-        remedy = "lower --micro_batch, --max_new_tokens or --batch_size, or choose a smaller model"
-        return f"the memory is full; {remedy}"
     if isinstance(e, OSError) and e.errno:
         path = e.filename or out_dir
         return f"cannot read or write {path} ({e.strerror}); check the path and the free space"
@@ -588,7 +517,8 @@ def main(argv=None):
     try:
         if args.report:
             return print(evaluate.report(args.report))
-        rank, n_processes = process_numbers()
+        # As torchrun sets them, or another launcher.
+        rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if rank:
             sys.stdout = open(os.devnull, "w")  # one process prints
         with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
@@ -604,7 +534,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # A name that they cannot print must not end a run.
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main()
