@@ -169,7 +169,7 @@ def test_only_what_changed_runs_again(fake, tmp_path, monkeypatch):
 
 
 def test_arms_and_experiments_can_be_picked(fake, tmp_path):
-    """Costly arms: last, on seed 0, not with --quick, which may have its own; a name: that alone."""
+    """Costly arms: last, on seed 0, not with --quick, which has its own. A name: that one alone."""
     experiment, ran = fake
     flags = ["--jobs=1", "--out_dir", str(tmp_path)]
     once = replace(experiment, once=["a"])
