@@ -292,6 +292,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if min(args.steps, args.sft_steps, args.pretrain_steps, args.batch_size) < 1:
         p.error("--steps, --sft_steps, --pretrain_steps and --batch_size must be at least 1")
+    if args.out_dir == Path():
+        p.error("--out_dir must name a folder of its own")
     if not 0 <= args.ema_alpha <= 1:
         p.error("--ema_alpha must lie between 0 and 1")
     return args
