@@ -1,8 +1,6 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
-import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -31,14 +29,6 @@ from gpt2.conftest import (
     write_rows,
 )
 from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch
-
-
-def start(*argv):
-    """The command in a process of its own."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *map(str, argv)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +138,6 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
         assert (state is None) == (model is None)
         same(model and model.wte.weight.data, state and state["wte.weight"])
     assert samples == lines(out / "samples.jsonl")[-4:] and len(samples) == 4
-    watched = [row["prompt_ids"] for row in [*sets["train"], sets["prior"][1]]]
-    streams = fast.row_generators(7, 0, range(7), "cpu")
-    completions, mask = fast.rollout(load_model(out), watched, 7, EOS, 0.8, streams)
-    for sample, place in zip(samples, (0, 1, 2, 6)):  # three training rows and the prior question
-        said = [token["id"] for token in sample["tokens"]]
-        assert said == completions[place][mask[place]].tolist()
 
 
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
@@ -197,7 +181,7 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
     assert "sdft, 6 steps" in table and "sft, 1 steps" in table and f"| old {old} |" in table
 
 
-def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch, capsys):
+def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch):
     """Not the base's, not a later one that is only as good, and not the last; also if resumed."""
     out, scores, states = tmp_path / "out", [0.9, 0.5, 0.7, Killed, 0.7, 0.6], []
 
@@ -218,9 +202,6 @@ def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch, 
         saved = weights(folder)
         same({name: saved[name] for name in state}, state)
     assert (out / "best" / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
-    printed = capsys.readouterr().out.splitlines()
-    told = [s for row in lines(out / "metrics.jsonl") for s in row.get("warnings", [])]
-    assert told and [f"warning: {s}" for s in told] == [s for s in printed if "warning" in s]
 
 
 # --- A run goes on --------------------------------------------------------------------------------
@@ -252,51 +233,38 @@ def test_a_killed_run_resumes_bit_for_bit(at, tmp_path, base, data, whole, monke
         assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("name, times", [("SIGTERM", 1), ("SIGINT", 2)])
-def test_signals_in_a_step(name, times, tmp_path, base, data, whole, monkeypatch, capsys):
-    """One finishes step 3 and saves; a second Ctrl-C loses it. --resume then repeats the run."""
-    out, update = tmp_path / "an out", train.update
+def test_a_signal_finishes_the_step(tmp_path, base, data, whole, monkeypatch, capsys):
+    """And saves it; the command that is printed repeats the run. A second Ctrl-C does not wait."""
+    out, update, signals = tmp_path / "an out", train.update, [signal.SIGTERM]
 
     def interrupted(run, rows, generators):
-        for _ in range(times if run.step == 2 else 0):
-            signal.raise_signal(getattr(signal, name))
+        for name in signals if run.step == 2 else ():
+            signal.raise_signal(name)
         return update(run, rows, generators)
 
     monkeypatch.setattr(train, "update", interrupted)
     with pytest.raises(SystemExit) as stopped:
         train.main(flags(base, data, out, steps=6))
-    monkeypatch.undo()
-    if times == 2:
-        assert "--resume goes on" in stopped.value.code and load_run(out)["step"] == 2
-        return
     assert stopped.value.code == 130 and load_run(out)["step"] == 3
     again = capsys.readouterr().out.splitlines()[-1].split("go on with: python -m gpt2.train ")[1]
     train.main(shlex.split(again))
     assert_same_run(out, whole)
+    signals += [signal.SIGINT]
+    with pytest.raises(SystemExit, match="--resume goes on"):
+        train.main(flags(base, data, tmp_path / "twice", "--lr", 0))
 
 
-def test_ctrl_c_in_the_terminal(tmp_path, base, data, monkeypatch):
-    """A real process and signal: no traceback. The terminal cannot print the folder's é."""
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    out, quiet = tmp_path / "é", ["--eval_every", 10**6, "--save_every", 10**6]
-    process = start("-m", "gpt2.train", *flags(base, data, out, *quiet, steps=10**6))
-    while not process.stdout.readline().startswith("step "):
-        assert process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
-    step = int(re.search(r"stopped after step (\d+), saved; go on with: ", printed)[1])
-    assert process.returncode == 130 and errors == ""
-    assert r"\xe9" in printed and load_run(out)["step"] == step
-
-
-def test_two_processes_make_the_update_of_one(tmp_path, base, data):
+def test_two_processes_make_the_update_of_one(tmp_path, base, data, monkeypatch):
     """Ragged responses, all flags that weight rows; one process prints and writes."""
     # Clipping would hide a gradient of the wrong scale.
     more = ["--skip_tokens", 1, "--micro_batch", 1, "--lr", 1e-4, "--grad_clip", 1e6]
     more += ["--eval_every", 9]
     one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m gpt2.train".split()
-    process = start(*torchrun, *flags(base, data, two, *more, steps=3))
+    words = [sys.executable, *torchrun, *flags(base, data, two, *more, steps=3)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=ROOT, **pipes)
     train.main(flags(base, data, one, *more, steps=3))
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -314,64 +282,56 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data):
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["results.json", "model.safetensors", "vocab.json"])
-def test_a_new_run_overwrites_nothing(name, tmp_path, base, data):
+def test_a_new_run_overwrites_nothing(tmp_path, base, data):
     """Nor does --resume, which starts where there is no checkpoint."""
-    (tmp_path / name).write_text("precious")
-    for more in ([], ["--resume"]):
-        message = error_of(*flags(base, data, tmp_path, *more))
-        assert f"already holds {name}" in message and "another --out_dir" in message
-    assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
+    for name in ("results.json", "model.safetensors", "vocab.json"):
+        (tmp_path / name).write_text("precious")
+        for more in ([], ["--resume"]):
+            assert f"already holds {name}" in error_of(*flags(base, data, tmp_path, *more))
+        assert (tmp_path / name).read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
+        (tmp_path / name).unlink()
 
 
-def test_a_run_has_its_folder_to_itself(tmp_path, base, data):
+def test_a_run_has_its_folder_to_itself(tmp_path, base, data, whole):
     """Two would mix their logs and delete each other's checkpoints. The end frees the folder."""
     out = tmp_path / "out"
-    with checkpoint.locked(out):
-        assert f"another run is writing to {out}" in error_of(*flags(base, data, out))
+    for folder, argv in ((out, flags(base, data, out)), (whole, ["--resume", "--out_dir", whole])):
+        with checkpoint.locked(folder):
+            assert f"another run is writing to {folder}" in error_of(*argv)
     assert not out.exists()  # it was empty
-    train.main(flags(base, data, out, steps=1))
-    with checkpoint.locked(out):
-        assert "another run" in error_of("--resume", "--out_dir", out)
 
 
 def test_resume_keeps_the_settings(tmp_path, base, data, whole):
-    """Another setting, the default included, or another model would not resume anything."""
+    """Another setting, the default included, would not resume anything."""
     for rate in ("0.5", "1e-05"):
         assert f"--lr {rate} differs" in error_of("--resume", "--out_dir", whole, "--lr", rate)
     assert "already holds a run" in error_of(*flags(base, data, whole))
     assert "--data is missing, and" in error_of("--resume", "--out_dir", tmp_path / "empty")
-    source, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(base, source)
-    train.main(flags(source, data, out, steps=1))
-    checkpoint.save_model(small_gpt(n_embd=16), source)
-    assert "does not fit --init_from" in error_of("--resume", "--out_dir", out)
 
 
-def test_an_explosion_keeps_the_last_checkpoints(tmp_path, base, data, monkeypatch):
-    """A rate of 1e30 in step 4 saves weights of 1e30, which end every step after it."""
-    out = tmp_path / "out"
-    monkeypatch.setattr(train, "learning_rate", lambda step, _: 1e30 if step == 3 else 1e-3)
-    message = error_of(*flags(base, data, out, "--eval_every", 9, steps=6))
-    older, newest = run_checkpoints(out)
-    assert [int(file.stem) for file in (older, newest)] == [2, 4]
-    assert error_of("--resume", "--out_dir", out) == message
-    assert f"if --resume ends here again, delete the newest file in {out}/checkpoints" in message
-    newest.unlink()
-    monkeypatch.undo()
-    resume(out)  # the remedy works
-    assert lines(out / "metrics.jsonl")[-1]["step"] == 6
+FAILURES = [
+    (RuntimeError("not enough memory: you tried to allocate memory"), "lower --micro_batch"),
+    (FloatingPointError("the loss is nan"), "the loss is nan; if --resume ends here again, delete"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+]
 
 
-def test_full_memory_is_called_so(tmp_path, base, data, monkeypatch):
-    """With the flags that need less of it."""
-    monkeypatch.setattr(train, "update", lambda *_: torch.empty(10**15))
-    assert "memory is full; lower --micro_batch" in error_of(*flags(base, data, tmp_path / "out"))
+@pytest.mark.parametrize("failure, words", FAILURES)
+def test_a_failure_ends_in_one_sentence(failure, words, tmp_path, base, data, monkeypatch):
+    """With a remedy. What the program does wrong keeps its traceback."""
+
+    def fails(*_):
+        raise failure
+
+    monkeypatch.setattr(train, "update", fails)
+    assert words in error_of(*flags(base, data, tmp_path / "out"))
+    failure = LookupError()
+    with pytest.raises(LookupError):
+        train.main(flags(base, data, tmp_path / "other"))
 
 
-WRONG = [("--lr", value) for value in ("nan", "ten", "inf")] + [("--steps", "1.5")]
-WRONG += [(f"--{name}", "-1") for name in CHANGED] + [("--lora_rank", "0"), ("--lora_alpha", "0")]
-WRONG += [("--teacher", "other"), ("--no_such_flag", "1"), ("--step", "1"), ("--out_dir", "")]
+WRONG = [(f"--{name}", "-1") for name in CHANGED] + [("--lr", "nan"), ("--lora_rank", "0")]
+WRONG += [("--teacher", "other"), ("--step", "1"), ("--out_dir", ""), ("--steps", "1.5")]
 WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
 
 
@@ -409,9 +369,3 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "3")):
         monkeypatch.setenv(name, value)
     assert "multiple of the 3" in error_of(*argv) and not (tmp_path / "out").exists()
-
-
-def test_of_an_earlier_look_only_finite_numbers_count():
-    """A log that was edited by hand must not end a run that goes on from it."""
-    row = {"step": 3, "prior": 0.5, "new": None, "length": [1], "loss": math.inf, "skill": "X"}
-    assert train.finite_numbers(row) == {"step": 3, "prior": 0.5}
