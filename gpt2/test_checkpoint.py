@@ -60,24 +60,13 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_unusable_weights_are_named(tmp_path, monkeypatch):
-    """In one sentence: the folder, what is wrong with it, what to do."""
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    """Before anything is trained."""
     model = small_gpt()
-    save_model(model, tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*llama"):
-        load_model(str(tmp_path))
     model.ln_f.bias.data[0] = torch.nan
     save_model(model, tmp_path)
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*ln_f.bias .* not finite"):
         load_model(str(tmp_path))
-
-    def offline(*_, **__):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match="Name or service .*connect to the network.*gpt2.bin"):
-        load_model("gpt2")
 
 
 def test_a_log_goes_back_to_a_step(tmp_path):
@@ -108,20 +97,17 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
-    """Bytes changed or lost; the one before it is offered if there is one."""
+    """A bit changed, bytes lost, or of another version; the one before it is offered if any."""
     for step in (1, 2):
         save_run(tmp_path, state(step, student=torch.randn(9)))
     older, newest = run_checkpoints(tmp_path)
     good = newest.read_bytes()
     at = good.index(torch.load(newest)["student"].numpy().tobytes()) + 5
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-    torch.save({"step": 2}, newest)  # of another version of the program
-    for bad in (newest.read_bytes(), flipped, b"", good[:100], good[:-9]):
+    torch.save({"step": 2}, newest)
+    for bad in (newest.read_bytes(), flipped, b"", good[:-9]):
         newest.write_bytes(bad)
         with pytest.raises(ValueError, match=f"cannot read .*{newest.name} .* {older.name}"):
             load_run(tmp_path)
     newest.unlink()
     assert load_run(tmp_path)["step"] == 1  # the remedy works
-    older.write_bytes(b"")
-    with pytest.raises(ValueError, match="start again in another --out_dir"):
-        load_run(tmp_path)
