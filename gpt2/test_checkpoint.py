@@ -45,24 +45,6 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*; .* fetch its files again"):
         load_model(str(tmp_path))
-
-
-def test_a_malicious_checkpoint_runs_nothing(tmp_path):
-    """A pickle may name any function."""
-
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    save_run(tmp_path, state(1, student=Malicious()))
-    with pytest.raises(ValueError, match="cannot read checkpoint"):
-        load_run(tmp_path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_weights_that_are_not_finite_are_named(tmp_path):
-    """Before anything is trained."""
-    model = small_gpt()
     model.ln_f.bias.data[0] = torch.nan
     save_model(model, tmp_path)
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*ln_f.bias .* not finite"):
@@ -84,29 +66,16 @@ def test_a_log_goes_back_to_a_step(tmp_path):
     assert checkpoint.rewind(tmp_path / "none", 2, last=2) == []
 
 
-def test_the_newest_two_checkpoints_are_kept(tmp_path):
-    """By step; leftovers of a kill are removed."""
-    save_run(tmp_path, state(0))
-    (tmp_path / "checkpoints" / ".00000001.pt.tmp").write_text("half")
-    for step in (2, 10):
-        save_run(tmp_path, state(step))
-    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"00000002.pt", "00000010.pt"}
-    assert load_run(tmp_path) == state(10)
-    assert load_run(tmp_path / "empty") is None
-
-
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
-    """A bit changed, bytes lost, or of another version; the one before it is offered if any."""
+    """A bit changed, bytes lost, another version, a function: nothing in a pickle may be called."""
     for step in (1, 2):
         save_run(tmp_path, state(step, student=torch.randn(9)))
     older, newest = run_checkpoints(tmp_path)
     good = newest.read_bytes()
     at = good.index(torch.load(newest)["student"].numpy().tobytes()) + 5
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-    torch.save({"step": 2}, newest)
-    for bad in (newest.read_bytes(), flipped, b"", good[:-9]):
-        newest.write_bytes(bad)
+    for bad in (flipped, b"", good[:-9], {"step": 2}, state(2, student=os.system)):
+        newest.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, newest)
         with pytest.raises(ValueError, match=f"cannot read .*{newest.name} .* {older.name}"):
             load_run(tmp_path)
     newest.unlink()

@@ -20,9 +20,6 @@ def read(path, kind="training", block_size=320, max_new_tokens=8, **settings):
     return reader.read(path, getattr(reader, kind))
 
 
-# --- Tokens ---------------------------------------------------------------------------------------
-
-
 def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
     """Against GPT-2's published word pattern; a file that changes is read again."""
     oracle, enc = write_vocabulary(tmp_path), load_encoding(tmp_path)
@@ -59,9 +56,6 @@ def test_decoding_stops_at_the_end_token():
     assert data_file.decode(BYTES, [72, 105, 300, 256, 72]) == "Hi\ufffd"
     assert data_file.to_bytes(BYTES, [72, 256]) == b"H"
     assert data_file.to_bytes(BYTES, [256]) == b"<|endoftext|>"
-
-
-# --- What the teacher reads -----------------------------------------------------------------------
 
 
 READS = {  # flag: the teacher's prompt, and the field that a row needs for it
@@ -164,9 +158,6 @@ def test_a_row_may_fill_the_block_exactly(kind, row, settings, tokens, tmp_path)
     long = {name: "long " * 100 for name in row}
     assert len(reader.read(write_rows(path, [row, long]), getattr(reader, kind))) == 1
     assert re.search("dropped rows .*, 1 in all, the first at .*d.jsonl:2", reader.notes[-1])
-
-
-# --- Batches --------------------------------------------------------------------------------------
 
 
 def test_minibatches_are_shuffled_epochs():

@@ -79,22 +79,16 @@ def test_only_adapters_change():
     assert changed == {k for k in after if k.endswith(("lora_A", "lora_B"))}
 
 
-# --- A run ----------------------------------------------------------------------------------------
-
-
-def run(base, data, out, *more):
-    train.main(flags(base, data, out, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split(), *more))
-    return out
+def run(base, data, out):
+    train.main(flags(base, data, out, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split()))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, base, data):
     """An uninterrupted run of four steps with an EMA teacher."""
-    return run(base, data, tmp_path_factory.mktemp("whole") / "out")
-
-
-def adapters_of(out):
-    return torch.load(out / "adapter" / "adapter_model.bin", weights_only=True)
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(base, data, out)
+    return out
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole, monkeypatch):
@@ -112,7 +106,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole,
     monkeypatch.undo()
     resume(out)
     same(weights(out), weights(whole))
-    same(adapters_of(out), adapters_of(whole))
+    adapters = [torch.load(folder / "adapter/adapter_model.bin") for folder in (out, whole)]
+    same(*adapters)
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
