@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from gpt2 import bench, checkpoint
 from gpt2.conftest import small_gpt
 
@@ -18,16 +16,6 @@ def test_bench_prints_every_phase(tmp_path, capsys, monkeypatch):
     phases = "rollout", "scoring, loss, backward", "packing, clipping, AdamW, EMA", "the update"
     for part in ("rollout in torch.bfloat16", "tokens/s", *(f"| {phase} |" for phase in phases)):
         assert part in printed, part
-
-
-def test_bench_names_what_is_wrong(tmp_path, monkeypatch):
-    """In one sentence, before anything is measured."""
-    with pytest.raises(SystemExit, match="error: cannot load .*nothing"):
-        bench.main(["--init_from", str(tmp_path / "nothing")])
-    checkpoint.save_model(small_gpt(), tmp_path)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(SystemExit, match="error: --peers needs transformers and trl: pip install"):
-        bench.main(["--peers", "--init_from", str(tmp_path)])
 
 
 def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):

@@ -63,7 +63,6 @@ def test_a_log_goes_back_to_a_step(tmp_path):
     assert checkpoint.rewind(path, 2, last=2) == expected
     kept = path.read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in kept[:-1]] == expected and kept[-1] == ""
-    assert checkpoint.rewind(tmp_path / "none", 2, last=2) == []
 
 
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):

@@ -160,7 +160,6 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
         assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
         assert results[when][f"old {old}"] == results[when]["lenient"]
     assert "as_teacher" in results["base"] and load_run(second)["teacher"] == {}
-    assert (second / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
     words = shlex.split(results["command"])
     assert words[:3] == ["python", "-m", "gpt2.train"]
     assert vars(train.parse_args(words[3:])) == results["config"]
@@ -236,9 +235,8 @@ def test_a_signal_finishes_the_step(tmp_path, base, data, whole, monkeypatch, ca
 
 def test_two_processes_make_the_update_of_one(tmp_path, base, data, monkeypatch):
     """Ragged responses, all flags that weight rows; one process prints and writes."""
-    # Clipping would hide a gradient of the wrong scale.
-    more = ["--skip_tokens", 1, "--micro_batch", 1, "--lr", 1e-4, "--grad_clip", 1e6]
-    more += ["--eval_every", 9]
+    more = ["--skip_tokens", 1, "--micro_batch", 1, "--lr", 1e-4, "--eval_every", 9]
+    more += ["--grad_clip", 1e6]  # Clipping would hide a gradient of the wrong scale.
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m gpt2.train".split()
@@ -283,7 +281,6 @@ def test_resume_keeps_the_settings(tmp_path, whole):
 FAILURES = [
     (RuntimeError("not enough memory: you tried to allocate memory"), "lower --micro_batch"),
     (FloatingPointError("the loss is nan"), "the loss is nan; if --resume ends here again, delete"),
-    (OSError(28, "No space left on device"), "No space left on device"),
 ]
 
 
