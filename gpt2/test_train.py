@@ -131,6 +131,9 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
     for model, state in zip(inputs, (weights(out), saved["teacher"], weights(base))):
         assert state["wte.weight"].equal(model.wte.weight) if state else model is None
     assert samples == lines(out / "samples.jsonl")[-4:] and len(samples) == 4
+    prompts, streams = [[3, 5]], fast.row_generators(7, 0, [0], "cpu")
+    expected = fast.rollout(inputs[0], prompts, 7, EOS, 0.8, streams)
+    same(options["rollout"](inputs[0], prompts, 7, EOS, 0.8, None), expected)
 
 
 @pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
