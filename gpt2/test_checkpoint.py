@@ -45,53 +45,10 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*; .* fetch its files again"):
         load_model(str(tmp_path))
-
-
-def test_logits_equal_transformers_both_ways(tmp_path):
-    """The independent implementation, with every weight perturbed."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    ours, tokens = small_gpt(noise=0.2), torch.randint(263, (3, 40))
-    save_model(ours, tmp_path / "ours")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
-    same(theirs(tokens).logits, ours(tokens), atol=1e-4)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    theirs.save_pretrained(tmp_path / "theirs")
-    same(load_model(str(tmp_path / "theirs"))(tokens), theirs(tokens).logits, atol=1e-4)
-
-
-def test_a_malicious_checkpoint_runs_nothing(tmp_path):
-    """A pickle may name any function."""
-
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    save_run(tmp_path, state(1, student=Malicious()))
-    with pytest.raises(ValueError, match="cannot read checkpoint"):
-        load_run(tmp_path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_unusable_weights_are_named(tmp_path, monkeypatch):
-    """In one sentence: the folder, what is wrong with it, what to do."""
-    model = small_gpt()
-    save_model(model, tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*llama"):
-        load_model(str(tmp_path))
     model.ln_f.bias.data[0] = torch.nan
     save_model(model, tmp_path)
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*ln_f.bias .* not finite"):
         load_model(str(tmp_path))
-
-    def offline(*_, **__):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match="Name or service .*connect to the network.*gpt2.bin"):
-        load_model("gpt2")
 
 
 def test_a_log_goes_back_to_a_step(tmp_path):
@@ -106,36 +63,19 @@ def test_a_log_goes_back_to_a_step(tmp_path):
     assert checkpoint.rewind(path, 2, last=2) == expected
     kept = path.read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in kept[:-1]] == expected and kept[-1] == ""
-    assert checkpoint.rewind(tmp_path / "none", 2, last=2) == []
-
-
-def test_the_newest_two_checkpoints_are_kept(tmp_path):
-    """By step; leftovers of a kill are removed."""
-    save_run(tmp_path, state(0))
-    (tmp_path / "checkpoints" / ".00000001.pt.tmp").write_text("half")
-    for step in (2, 10):
-        save_run(tmp_path, state(step))
-    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"00000002.pt", "00000010.pt"}
-    assert load_run(tmp_path) == state(10)
-    assert load_run(tmp_path / "empty") is None
 
 
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
-    """Bytes changed or lost; the one before it is offered if there is one."""
+    """A bit changed, bytes lost, another version, a function: nothing in a pickle may be called."""
     for step in (1, 2):
         save_run(tmp_path, state(step, student=torch.randn(9)))
     older, newest = run_checkpoints(tmp_path)
     good = newest.read_bytes()
     at = good.index(torch.load(newest)["student"].numpy().tobytes()) + 5
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-    torch.save({"step": 2}, newest)  # of another version of the program
-    for bad in (newest.read_bytes(), flipped, b"", good[:100], good[:-9]):
-        newest.write_bytes(bad)
+    for bad in (flipped, b"", good[:-9], {"step": 2}, state(2, student=os.system)):
+        newest.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, newest)
         with pytest.raises(ValueError, match=f"cannot read .*{newest.name} .* {older.name}"):
             load_run(tmp_path)
     newest.unlink()
     assert load_run(tmp_path)["step"] == 1  # the remedy works
-    older.write_bytes(b"")
-    with pytest.raises(ValueError, match="start again in another --out_dir"):
-        load_run(tmp_path)

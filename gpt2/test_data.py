@@ -20,9 +20,6 @@ def read(path, kind="training", block_size=320, max_new_tokens=8, **settings):
     return reader.read(path, getattr(reader, kind))
 
 
-# --- Tokens ---------------------------------------------------------------------------------------
-
-
 def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
     """Against GPT-2's published word pattern; a file that changes is read again."""
     oracle, enc = write_vocabulary(tmp_path), load_encoding(tmp_path)
@@ -31,18 +28,9 @@ def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
         assert enc.encode_ordinary(text) == oracle.encode_ordinary(text)
         assert enc.decode(enc.encode_ordinary(text)) == text
     assert enc.eot_token == EOS and len(enc.encode_ordinary(" the 2")) == 2
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
-    with pytest.raises(ValueError, match="vocab.json.* damaged"):
-        load_encoding(tmp_path)
-
-
-@pytest.mark.parametrize("eos", [0, 261, None])
-def test_the_end_token_must_be_the_last(eos, tmp_path):
-    """With another number no response would end, or each with its first token."""
-    write_vocabulary(tmp_path)
-    vocab = json.loads((tmp_path / "vocab.json").read_text()) | {"<|endoftext|>": eos}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(ValueError, match=r"vocab.json .*endoftext.* as the last token"):
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": EOS - 1}))
+    with pytest.raises(ValueError, match="vocab.json .*endoftext.* as the last token"):
         load_encoding(tmp_path)
 
 
@@ -62,27 +50,27 @@ def test_decoding_stops_at_the_end_token():
     assert data_file.to_bytes(BYTES, [256]) == b"<|endoftext|>"
 
 
-# --- What the teacher reads -----------------------------------------------------------------------
+READS = {  # flag: the teacher's prompt, and the field that a row needs for it
+    "article": ("A hat.\n\nWhere?\n", "article"),
+    "demonstration": (teacher_context("Where?\n", "In the hat."), "demonstration"),
+    "both": ("A hat.\n\n" + teacher_context("Where?\n", "In the hat."), "demonstration"),
+}
 
 
-@pytest.mark.parametrize("reads", ["article", "demonstration", "both"])
+@pytest.mark.parametrize("reads", READS)
 def test_the_teacher_reads_what_its_flag_names(reads, tmp_path):
     """A row needs it, else the teacher would silently read less; `both` does without an article."""
-    path, template = tmp_path / "d.jsonl", teacher_context("Where?\n", "In the hat.")
-    expected = {"article": "A hat.\n\nWhere?\n", "demonstration": template}
-    expected["both"] = "A hat.\n\n" + template
-    (row,) = read(write_rows(path, [ROW]), template=TEMPLATES[reads])
-    assert BYTES.decode(row["teacher_ids"]) == row["teacher_prompt"] == expected[reads]
+    path, template, (expected, needed) = tmp_path / "d.jsonl", TEMPLATES[reads], READS[reads]
+    (row,) = read(write_rows(path, [ROW]), template=template)
+    assert BYTES.decode(row["teacher_ids"]) == row["teacher_prompt"] == expected
     assert BYTES.decode(row["prompt_ids"]) == "Where?\n"  # the student reads no more
-    for missing in ("article", "demonstration"):
-        write_rows(path, [ROW, ROW | {missing: None}])
-        if missing == reads or (reads, missing) == ("both", "demonstration"):
-            with pytest.raises(ValueError, match=f"d.jsonl:2: {missing} is missing"):
-                read(path, template=TEMPLATES[reads])
-        else:
-            assert len(read(path, template=TEMPLATES[reads])) == 2
-    with pytest.raises(ValueError, match="d.jsonl:2: demonstration is missing"):
-        read(path, template=TEMPLATES[reads], imitates=True)  # SFT
+    without = {name: ROW | {name: None} for name in ("article", "demonstration")}
+    write_rows(path, [ROW, without.pop(needed)])
+    with pytest.raises(ValueError, match=f"d.jsonl:2: {needed} is missing"):
+        read(path, template=template)
+    assert len(read(write_rows(path, without.values()), template=template)) == 1
+    with pytest.raises(ValueError, match="d.jsonl:1: demonstration is missing"):  # for SFT
+        read(write_rows(path, [ROW | {"demonstration": None}]), template=template, imitates=True)
 
 
 def test_a_template_file_is_taken_as_it_stands(tmp_path):
@@ -99,15 +87,12 @@ def test_a_template_file_is_taken_as_it_stands(tmp_path):
 LINE = json.dumps(ROW).encode()
 TEMPLATE_LINES = [b"{prompt} {article} {demo}", b"{demonstration}", b"{prompt} {prompt}"]
 BAD_LINES = [  # and a word of the message
-    *((LINE[:n], "not JSON") for n in (1, 40, len(LINE) - 1)),
-    *((value, "not JSON") for value in (b"{}{}", b"{'prompt': 1}", b"[" * 100_000, b"9" * 5000)),
-    *((value, "in place of an object") for value in (b"7", b"null", b'"text"', b"[{}]", b"NaN")),
+    *((value, "not JSON") for value in (LINE[:40], b"{}{}", b"{'prompt': 1}", b"[" * 100_000)),
+    *((value, "in place of an object") for value in (b"7", b"null", b"[{}]")),
     (LINE[:13] + b"\xff" + LINE[13:], "UTF-8"),
-    (b"\xef\xbb\xbf" + LINE, "JSON"),
     (json.dumps(ROW | {"privileged_context": "D"}).encode(), "same field"),
-    *((json.dumps(ROW | {f: 7}).encode(), f"{f} is missing, empty or no text") for f in ROW),
-    *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is missing, empty") for f in ROW),
-    (json.dumps(ROW | {"prompt": None}).encode(), "prompt is missing"),
+    *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is missing, empty or no text") for f in ROW),
+    (json.dumps(ROW | {"answer": 7}).encode(), "answer is missing, empty or no text"),
     (json.dumps(ROW | {"prompt": " " * 10**6 + "x"}).encode(), "n_positions"),  # tiktoken panics
 ]
 
@@ -115,15 +100,13 @@ BAD_LINES = [  # and a word of the message
 def test_every_bad_line_is_named_by_number(tmp_path):
     """File, line and what is wrong. A mistyped placeholder would be read as text."""
     write_vocabulary(tmp_path)
-    path, enc = tmp_path / "bad.jsonl", load_encoding(tmp_path)
+    path, reader = tmp_path / "bad.jsonl", RowReader(load_encoding(tmp_path), 320, 8)
     for bad, word in BAD_LINES:
         path.write_bytes(LINE + b"\n" + bad + b"\n" + LINE)
         with pytest.raises(ValueError) as error:
-            reader = RowReader(enc, 320, 8)
             reader.read(path, reader.training)
         message = str(error.value)
         assert f"{path}:2: " in message and word in message, (bad[:80], message)
-        assert len(message.splitlines()) == 1
     for bad in TEMPLATE_LINES:
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="bad.jsonl: a template needs {prompt}, and "):
@@ -145,11 +128,9 @@ def test_what_is_odd_is_noted(tmp_path):
     assert re.search(r"meet without .*, 1 in all, the first at .*d.jsonl:1$", glued)
 
 
-ARTICLE = dict(template=TEMPLATES["article"])
-SFT, LONG = ARTICLE | {"imitates": True}, "long " * 9
+SFT, LONG = {"template": TEMPLATES["article"], "imitates": True}, "long " * 9
 NEEDS = [  # kind of row, row, settings of the reader, tokens of one byte each
     ("training", ROW, {}, "A hat.\n\n" + teacher_context("Where?\n", "In the hat.") + "8" * 8),
-    ("training", ROW, ARTICLE, "A hat.\n\nWhere?\n" + "8" * 8),
     ("training", ROW | {"demonstration": LONG}, SFT, "Where?\n" + LONG + "$"),  # the end token
     ("task", ROW, {}, "Where?\n" + "8" * 8),
     ("prior", {"text": "some text"}, {}, "some text"),
@@ -169,9 +150,6 @@ def test_a_row_may_fill_the_block_exactly(kind, row, settings, tokens, tmp_path)
     long = {name: "long " * 100 for name in row}
     assert len(reader.read(write_rows(path, [row, long]), getattr(reader, kind))) == 1
     assert re.search("dropped rows .*, 1 in all, the first at .*d.jsonl:2", reader.notes[-1])
-
-
-# --- Batches --------------------------------------------------------------------------------------
 
 
 def test_minibatches_are_shuffled_epochs():

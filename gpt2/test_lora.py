@@ -1,7 +1,6 @@
 """What gpt2/lora.py guarantees: adapters over one set of frozen weights. CPU only, offline."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -44,8 +43,6 @@ def test_merged_weights_equal_the_adapters(dtype):
         assert plain.state_dict().keys() == base.state_dict().keys()
     else:
         plain = fast.RolloutGPT.of(model, dtype)
-        assert hasattr(plain, "lora") == (dtype == torch.float32)  # which shares the base's memory
-        assert plain.packed_head is None or dtype == torch.bfloat16
     if dtype == torch.bfloat16:
         close = dict(rtol=0.05, atol=0.05 * expected.std().item())
     same(plain(TOKENS).float(), expected, **close)
@@ -55,55 +52,45 @@ def test_merged_weights_equal_the_adapters(dtype):
 def test_all_roles_share_the_frozen_weights():
     """The memory that adapters are there to save: base, student, EMA teacher and rollout."""
     base = small_gpt()
-    student = adapted(base)
-    teacher, first = lora.share(student).requires_grad_(False), base.state_dict()
+    student, first = adapted(base), base.state_dict()
+    teacher = lora.share(student).requires_grad_(False)
     for model in (student, teacher, fast.RolloutGPT.of(student)):
-        own = {k.replace(".linear.", "."): w for k, w in model.state_dict().items()}
-        packed = {k for k in first if k not in own}  # on a CPU, while responses are sampled
-        assert not packed or all(k[:2] == "h." and first[k].dim() == 2 for k in packed)
-        assert packed == set() or isinstance(model, fast.RolloutGPT)
-        assert all(own[k].data_ptr() == first[k].data_ptr() for k in first.keys() - packed)
+        frozen = {k: w for k, w in model.named_parameters() if ".lora_" not in k}
+        theirs = {k: first[k.replace(".linear.", ".")] for k in frozen}
+        assert all(w.data_ptr() == theirs[k].data_ptr() for k, w in frozen.items())
     a, b = lora.trained(student), lora.trained(teacher)
     assert all(a[k].data_ptr() != b[k].data_ptr() and torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("alpha", [0.25, 0.0])
-def test_only_adapters_change(alpha):
-    """The EMA teacher averages them, and nothing else of it moves; a frozen one is the base."""
+def test_only_adapters_change():
+    """The EMA teacher averages them, and nothing else of it moves."""
     student = adapted(small_gpt(ends=3.0), noise=0.1)
-    teacher = lora.share(student).requires_grad_(False) if alpha else small_gpt(ends=3.0)
-    before, teacher_before = copy.deepcopy([m.state_dict() for m in (student, teacher)])
+    teacher = lora.share(student).requires_grad_(False)
+    before = copy.deepcopy(student.state_dict())
     optimizer = torch.optim.SGD(lora.trained(student).values(), lr=0.5)
     streams = fast.row_generators(0, 0, range(2), "cpu")
-    fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=alpha)
-    after = student.state_dict() if alpha else teacher_before
-    mean = {k: alpha * after[k] + (1 - alpha) * w for k, w in teacher_before.items()}
+    fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=0.25)
+    after = student.state_dict()
+    mean = {k: 0.25 * after[k] + 0.75 * w for k, w in before.items()}
     same(teacher.state_dict(), mean, rtol=1e-6, atol=1e-7)
-    changed = {k for k, w in student.state_dict().items() if not w.equal(before[k])}
-    assert changed == lora.state(student).keys()
-    assert all(k.endswith(("lora_A", "lora_B")) for k in changed)
+    changed = {k for k, w in after.items() if not w.equal(before[k])}
+    assert changed == {k for k in after if k.endswith(("lora_A", "lora_B"))}
 
 
-# --- A run ----------------------------------------------------------------------------------------
-
-
-def run(base, data, out, *more):
-    train.main(flags(base, data, out, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split(), *more))
-    return out
+def run(base, data, out):
+    train.main(flags(base, data, out, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split()))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, base, data):
     """An uninterrupted run of four steps with an EMA teacher."""
-    return run(base, data, tmp_path_factory.mktemp("whole") / "out")
-
-
-def adapters_of(out):
-    return torch.load(out / "adapter" / "adapter_model.bin", weights_only=True)
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(base, data, out)
+    return out
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole, monkeypatch):
-    """Weights and samples, bit for bit, after a kill in the middle of step 3; the seed decides."""
+    """Weights and samples, bit for bit, after a kill in the middle of step 3."""
 
     def killed(run, *rest):
         if run.step == 2:
@@ -117,11 +104,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole,
     monkeypatch.undo()
     resume(out)
     same(weights(out), weights(whole))
-    same(adapters_of(out), adapters_of(whole))
+    adapters = [torch.load(folder / "adapter/adapter_model.bin") for folder in (out, whole)]
+    same(*adapters)
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    other = run(base, data, tmp_path / "other", "--seed", "1", "--lr", "0")
-    A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
-    assert (adapters_of(other)[A] - adapters_of(whole)[A]).abs().max() > 0.2
 
 
 def test_transformers_and_peft_open_the_folders(base, whole):
@@ -134,6 +119,3 @@ def test_transformers_and_peft_open_the_folders(base, whole):
     plain = transformers.GPT2LMHeadModel.from_pretrained(base)
     adapted = peft.PeftModel.from_pretrained(plain, whole / "adapter").eval()
     same(adapted(TOKENS).logits, ours, atol=1e-4)
-    fields = json.loads((whole / "adapter" / "adapter_config.json").read_text())
-    assert (fields["r"], fields["lora_alpha"]) == (3, 8)
-    assert fields["base_model_name_or_path"] == str(base)
