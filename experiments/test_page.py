@@ -125,13 +125,11 @@ def test_answers_stand_side_by_side(run):
 
 
 def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm has been trained: the base's column stays empty, as without a step 0."""
+    """By then the arm has been trained: the base's column stays empty."""
     rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
-    rows += [row | {"prompt": "last"} for row in make_samples(steps=(5,))]
     files.append(tmp_path / "samples.jsonl", rows)
     cells = found(written(tmp_path)[0], "sides", "td")
-    assert "step 0" in cells[2]
-    assert cells[12:15:2] == ["later (prior)", "–"] and cells[24:27:2] == ["last (prior)", "–"]
+    assert "step 0" in cells[2] and cells[12:15:2] == ["later (prior)", "–"]
 
 
 def test_curves_follow_the_metrics(run):
@@ -291,58 +289,11 @@ def test_pointer_and_keys_change_the_detail(opened):
     assert texts(opened, "#detail b")[0].startswith("Token 1 of")
     tokens[1].send_keys(Keys.TAB)
     token, detail = row["tokens"][2], texts(opened, "#detail")[0]
-    assert texts(opened, "#response [aria-current=true]") == [shown(token)]
-    said = shown(token).rstrip("▲▼")
-    assert detail.startswith(f"Token 3 of {len(VOCAB)}: “{said}”. ")
-    move = {"▲": "▲ The update raises", "▼": "▼ The update lowers"}
-    assert move.get(shown(token)[-1], "The update hardly") in detail
     assert f"log π_T − log π_S, is {token['reward']:.4g} nats" in detail
     assert f"diverge by {token['divergence']:.4g} nats" in detail
-    heat = re.search(r"--heat: (.*)%", tokens[2].get_attribute("style")).group(1)
-    assert float(heat) == pytest.approx(100 * min(token["divergence"] / 8, 1) ** 0.5, 1e-4)
     cells = texts(opened, "#detail td")
     table = {text.removesuffix(" (said)"): p for text, *p in zip(*[iter(cells)] * 3)}
     for column, role in enumerate(("student", "teacher")):
         for _, text, p in [*token[f"{role}_top"], (0, token["text"], token[role])]:
             percent = f"{100 * p:.4g}%" if p >= 1e-4 else "<0.01%"
             assert table[SHOWN.get(text, text)][column] == percent
-
-
-def test_arm_and_step_stay_with_another_prompt(opened):
-    """It opens with a new prompt and the last arm; a divergence has a scale of its own."""
-    assert texts(opened, "#student-prompt") == [EVIL]
-    assert texts(opened, "#scale .token")[-1] == "8"
-    assert not opened.find_element("id", "sft").is_displayed()
-    choose(opened, "arm", "SFT")
-    opened.find_elements("css selector", "#track button")[2].click()
-    choose(opened, "prompt", "0")
-    sft = [row for row in make_samples() if row["phase"] == "sft" and row["kind"] == "prior"]
-    assert texts(opened, "#response .token") == [shown(token) for token in sft[-1]["tokens"]]
-    assert texts(opened, "#track [aria-current=true]") == ["X, step 10"]
-    assert texts(opened, "#scale .token")[-1] == "0.6931"
-    assert opened.find_element("id", "sft").is_displayed()
-
-
-def test_page_fits_a_phone(opened):
-    """Nothing but tables scrolls sideways."""
-    size = dict(width=360, height=800, deviceScaleFactor=1, mobile=False)
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    wide = opened.execute_script("return document.documentElement.scrollWidth")
-    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert wide <= 360
-
-
-def test_pages_without_responses_and_of_several_runs(browser, run, tmp_path):
-    """No console error; without responses there is no update to look at."""
-    (tmp_path / "a").mkdir()
-    files.append(tmp_path / "a" / "metrics.jsonl", make_metrics())
-    written(tmp_path / "a")
-    written(other := make_run(tmp_path / "b", steps=(0,)), run, tmp_path / "a")
-    for folder, shown in ((tmp_path / "a", False), (other, True)):
-        browser.get((folder / "page.html").as_uri())
-        assert browser.get_log("browser") == []
-        assert browser.find_element("id", "update").is_displayed() == shown
-    choose(browser, "arm", f"SDFT, {run}")
-    browser.find_elements("css selector", "#track button")[2].click()
-    choose(browser, "arm", f"SDFT, {other}")  # which has fewer responses
-    assert texts(browser, "#track [aria-current=true]") == ["X, step 0"]
