@@ -29,7 +29,7 @@ from experiments import (
     teacher,
     worlds,
 )
-from experiments.settings import METHODS, SDFT, SFT, SFT_OWN
+from experiments.settings import SDFT, SFT, SFT_OWN
 from model import GPT, GPTConfig
 from sdft import completion_logits
 
@@ -480,17 +480,3 @@ def test_replay_reads_right_answers_to_prior_prompts():
     prompts, answers = ([*map(toy.decode, rows[f"prior_{k}"])] for k in ("prompts", "answers"))
     assert len(set(prompts)) == 400 and {prompt[1] for prompt in prompts} == {*"ABCDEFGH"}
     assert [right[prompt] for prompt in prompts] == answers
-
-
-def test_reinvoking_follows_sft_with_the_base_as_teacher(quick, trains, monkeypatch):
-    """On prior prompts, which the teacher reads without a demonstration."""
-    start, after_sft, seen = LookUp(), LookUp(), []
-    got = trains(on_policy, start, lambda *_: (after_sft, None))
-    monkeypatch.setattr(on_policy, "sdft", lambda *a: seen.append(a))
-    on_policy.measure_control(0, **arm(on_policy.CONTROLS, "sft + re-invoke", 2e-4))
-    (first, _, settings), (second, data, settings_of_second) = got
-    assert first is start and settings == METHODS["sft"] and second is after_sft
-    assert settings_of_second["teacher"] is start and settings_of_second["alpha"] == 0
-    on_policy.reinvoke("student", start, data, None)
-    batch = seen[0][2]
-    assert batch["prompts"] is batch["teacher_prompts"] is batch["prior_prompts"]

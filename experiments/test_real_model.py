@@ -419,11 +419,6 @@ def test_every_arm_writes_results_answers_and_looks(run, tmp_path, monkeypatch):
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
 
 
-def test_the_grid_asks_what_is_not_reported(run):
-    _, asked = run(real_controls.REAL_GRID, flags=["--quick"])
-    assert asked == {"facts_val", "prior_val"}
-
-
 def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
     """They sample too, but not from the stream that training draws from; the base stays too."""
     monkeypatch.setattr(real_model, "MATCHED", 0.0)
