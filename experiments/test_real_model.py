@@ -266,6 +266,7 @@ def test_the_settings_are_those_that_the_grid_chose():
     families = {name: fields for name, (fields, _) in real_controls.FAMILIES.items()}
     families["sft + KL"] = real_controls.SFT_KL
     assert best.keys() == families.keys()
+    assert all(arm["split"] == "_val" for arm in real_controls.REAL_GRID.arms)
     for family, fields in families.items():
         assert fields.items() <= best[family][1].items(), family
 
@@ -369,34 +370,19 @@ def test_sft_learns_answers_by_heart(tiny):
 # --- Whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(folders, tmp_path, monkeypatch):
-    """A function that runs arms of an experiment on the tiny model, and returns the results."""
+def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypatch):
+    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
+    load_rows = real_model.load_rows
+    monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:2])
+    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
+    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
     monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
-    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
-    monkeypatch.setattr(real_model, "N_OWN", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    load_rows, asked = real_model.load_rows, set()
-    short = lambda name: asked.add(name) or load_rows(name)[:2]
-    monkeypatch.setattr(real_model, "load_rows", short)
-
-    def rows_of(experiment, names=None, steps=2, flags=()):
-        arms = [arm for arm in experiment.arms if names is None or arm["arm"] in names]
-        arms = [arm | (dict(steps=steps) if "steps" in arm else {}) for arm in arms]
-        flags = [*flags, "--out_dir", str(tmp_path), "--model", str(folders["llama"])]
-        flags += ["--dtype", "float32"]
-        asked.clear()
-        runner.main("", replace(experiment, arms=arms), argv=flags)
-        return json.loads((tmp_path / f"{experiment.name}.json").read_text())["rows"], asked
-
-    return rows_of
-
-
-def test_every_arm_writes_results_answers_and_looks(run, tmp_path, monkeypatch):
-    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
-    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
-    rows, _ = run(real_model.REAL_MODEL)
+    arms = [arm | (dict(steps=2) if "steps" in arm else {}) for arm in real_model.ARMS]
+    flags = ["--out_dir", str(tmp_path), "--model", str(folders["llama"]), "--dtype", "float32"]
+    runner.main("", replace(real_model.REAL_MODEL, arms=arms), argv=flags)
+    rows = json.loads((tmp_path / "real_model.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
     for row in rows:
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
