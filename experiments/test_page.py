@@ -124,6 +124,14 @@ def test_answers_stand_side_by_side(run):
         assert cell.endswith(f"{verdict}, X, step {row['step']}")
 
 
+def test_a_later_skills_start_is_not_the_base(tmp_path):
+    """By then the arm has been trained: the base's column stays empty."""
+    rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
+    files.append(tmp_path / "samples.jsonl", rows)
+    cells = found(written(tmp_path)[0], "sides", "td")
+    assert "step 0" in cells[2] and cells[12:15:2] == ["later (prior)", "–"]
+
+
 def test_curves_follow_the_metrics(run):
     """Skill after skill from left to right; without pretraining, NaN and what was not measured."""
     text = written(run)[0]
