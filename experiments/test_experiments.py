@@ -9,7 +9,6 @@ import pickle
 import re
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,18 +104,13 @@ def fake():
 
 
 def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys):
-    """A metric may be of some seeds only; what functions an arm was made with is not told.
-
-    Every process has the options and one thread: numbers depend neither on --jobs nor on cores.
-    """
+    """A metric may be of some seeds only; what functions an arm was made with is not told."""
     torch.set_num_threads(2)
     result = run(fake[0], tmp_path, "--seeds", "2")
-    assert common.options.quick and common.options.out_dir == tmp_path
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 1  # so that numbers depend neither on --jobs nor on cores
     lines = (tmp_path / "fake.json").read_text().splitlines()
     a = dict(arm="a", family="f", rate=0.5, x=1, metrics={"accuracy": [0.1, 1.1], "odd": [1]})
     assert json.loads(lines[1].rstrip(",")) == a and len(lines) == 4
-    assert result["rows"][1] == dict(arm="b", x=2, metrics={"accuracy": [0.2, 1.2], "odd": [1]})
     assert (result["experiment"], result["seeds"], result["seconds"]) == ("fake", [0, 1], 0)
     printed = capsys.readouterr().out
     assert "4/4  seed 1  b" in printed and "| a at 0.5 | 0.60 ± 0.71 |" in printed
@@ -140,12 +134,10 @@ def test_resuming_equals_running_through(fake, tmp_path):
     log.write_text(log.read_text()[:-20])
     assert run(experiment, tmp_path, "--seeds", "2") == through
     assert ran[3:] == [(1, 1), (1, 2)]
-    run(experiment, tmp_path, "--seeds", "2")
-    assert len(ran) == 5  # no finished arm runs again
 
 
-def test_only_what_changed_runs_again(fake, tmp_path, monkeypatch):
-    """More seeds, an arm's settings or its method alone; flags, code and data for all."""
+def test_only_what_changed_runs_again(fake, tmp_path):
+    """More seeds, an arm's settings or its method alone; flags and data for all."""
     experiment, ran = fake
     a, b = experiment.arms
     data = tmp_path / "data.jsonl"
@@ -161,48 +153,37 @@ def test_only_what_changed_runs_again(fake, tmp_path, monkeypatch):
         ran.clear()
         run(replace(experiment, **changes), tmp_path, "--seeds", "2")
         assert ran == again
-    code_of, seen = common.code_of, []
-    monkeypatch.setattr(common, "code_of", lambda paths: seen.append(paths) or code_of(paths))
-    run(experiment, tmp_path)
-    names = ["sdft.py", "model.py", "train_toy.py", "toy.py", "common.py", "worlds.py"]
-    assert {*names, Path(__file__).name} <= {path.name for path in seen[0]}
+    assert {"sdft.py", "model.py", "common.py"} <= {path.name for path in runner.CORE}
 
 
 def test_arms_and_experiments_can_be_picked(fake, tmp_path):
     """Costly arms: last, on seed 0, not with --quick, which has its own. A name: that one alone."""
     experiment, ran = fake
+    once, other = replace(experiment, once=["a"]), replace(experiment, name="other", once=["b"])
     flags = ["--jobs=1", "--out_dir", str(tmp_path)]
-    once = replace(experiment, once=["a"])
-    runner.main("", once, argv=[*flags, "--seeds", "2"])
-    assert ran == [(0, 2), (1, 2), (0, 1)]
-    run(once, tmp_path)
-    run(replace(experiment, quick=["b"]), tmp_path)
-    other = replace(experiment, name="other", arms=[dict(arm="c", x=9)])
-    runner.main("", experiment, other, argv=["other", *flags])
-    assert ran[3:] == [(0, 2), (0, 9)]
+    runner.main("", once, other, argv=["fake", *flags, "--seeds", "2"])
+    run(once, tmp_path / "quick")
+    run(replace(experiment, quick=["a"]), tmp_path / "quick")
+    assert ran == [(0, 2), (1, 2), (0, 1), (0, 2), (0, 1)]
 
 
 @pytest.mark.parametrize(
     "cause, words",
     [
         (torch.cuda.OutOfMemoryError(), "memory is full.*fewer --jobs"),
-        (runner.BrokenProcessPool(), "memory is full.*fewer --jobs"),
         (FloatingPointError("lower the rate"), "error: lower the rate"),
         ("--seeds=0", "--seeds"),
-        ("--jobs=0", "--jobs"),
-        ("--out_dir=F/x", "F/x"),
+        (f"--out_dir={__file__}/x", "test_experiments.py"),
         ("other", "names among fake"),
     ],
 )
-def test_an_error_is_one_sentence(cause, words, fake, tmp_path, monkeypatch, capsys):
+def test_an_error_is_one_sentence(cause, words, fake, tmp_path, capsys):
     """During a run or in the command line: a flag that is wrong is named."""
-    monkeypatch.chdir(tmp_path)
-    Path("F").touch()  # a file, so that F/x cannot be a folder
 
     def measure(seed, **fields):
         raise cause
 
-    argv = ["--quick", "--jobs=1", "--out_dir=."] + [cause] * isinstance(cause, str)
+    argv = ["--quick", "--jobs=1", f"--out_dir={tmp_path}"] + [cause] * isinstance(cause, str)
     with pytest.raises(SystemExit) as stop:
         runner.main("", replace(fake[0], measure=measure), argv=argv)
     assert re.search(words, str(stop.value) + capsys.readouterr().err)
@@ -214,15 +195,11 @@ def test_a_base_is_reused_from_its_file(tmp_path, capsys):
     size = dict(n_layer=1, n_embd=16)
     first, again = common.base(0, **size), common.base(0, **size)
     assert capsys.readouterr().out.count("pretraining a base") == 1
-    assert (len(first.h), first.wte.embedding_dim) == (1, 16)
     torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
     [path] = (tmp_path / "bases").iterdir()
-    made_from = torch.load(path)["config"]
-    expected = size | dict(world="skills", seed=0, steps=5, code=common.code_of(common.MADE_BY))
-    assert made_from | expected == made_from
     common.base(1, **size), common.base(0, "long", **size), common.base(0, n_layer=2, n_embd=16)
     assert len([*(tmp_path / "bases").iterdir()]) == 4
-    torch.save({"config": made_from | dict(code=0), "model": {}}, path)
+    torch.save({"config": torch.load(path)["config"] | dict(code=0), "model": {}}, path)
     assert torch.equal(common.base(0, **size).wte.weight, first.wte.weight)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged; delete it"):
@@ -230,18 +207,6 @@ def test_a_base_is_reused_from_its_file(tmp_path, capsys):
 
 
 # --- Settings and verdicts -----------------------------------------------------------------------
-
-
-def test_rates_are_chosen_by_validation_alone():
-    """Of the rates within .02 of the best, the one that keeps most."""
-    rows = [
-        {"arm": arm, "rate": rate}
-        | {"metrics": {"val new": [new] * 2, "val prior": [prior] * 2, "new": [0], "prior": [0]}}
-        for arm, rate, new, prior in [("base", 0, 1, 1), ("a", 1, 0.9, 0.2), ("a", 2, 0.89, 0.7)]
-        + [("a", 3, 0.875, 0.9), ("b", 1, 0, 0)]
-    ]
-    best = chosen(rows, ("val new", "val prior"))
-    assert [(row["arm"], row["rate"]) for row in best] == [("base", 0), ("a", 2), ("b", 1)]
 
 
 @pytest.mark.parametrize("family", settings.METHODS)
@@ -271,11 +236,8 @@ def test_the_interval_covers_95_percent_of_students_t(n):
         ([0.10, 0.12, 0.11], 0.02, "yes (+0.11 ± 0.02)"),
         ([0.10, 0.12, 0.11], 0.12, "undecided (+0.11 ± 0.02)"),
         ([0.10, 0.12, 0.11], 0.2, "no (+0.11 ± 0.02)"),
-        ([0.010, 0.012, 0.011], 0.02, "no (+0.01 ± 0.00)"),  # too small to count
-        ([0.010, 0.012, 0.011], 0, "yes (+0.01 ± 0.00)"),
         ([-0.10, -0.12, -0.11], 0.02, "no (-0.11 ± 0.02)"),
         ([0.5, -0.1, 0.2], 0.02, "undecided (+0.20 ± 0.75)"),
-        ([-0.5, 0.1, -0.2], 0.02, "undecided (-0.20 ± 0.75)"),
         ([0.5], 0.02, "cannot be tested here: one seed"),
         ([], 0.02, "cannot be tested here"),
         (0.1, 0, "yes"),
@@ -298,75 +260,6 @@ def test_a_claim_is_judged_seed_by_seed():
     assert report.judge(row | dict(cannot="why"), metrics)[1] == "cannot be tested here: why"
 
 
-def derived(name, metrics):
-    EXPERIMENTS[name].derive(metrics)
-    return metrics
-
-
-def test_only_matched_seeds_count_as_matched():
-    """An SFT that never got there has not been compared; the kindest rate stands for SFT."""
-    rows = {"sft stopped, 0.0002": [1, 0, 0], "sft stopped, 0.0006": [1, 1, 0]}
-    rows |= {"sft stopped, 0.002": [0, 1, 1]}
-    priors = [[1.0, 1.0, 1.0], [0.2, 0.22, 0.9], [0.9, 0.3, 0.32]]
-    metrics = {k: dict(matched=m, prior=p) for (k, m), p in zip(rows.items(), priors)}
-    metrics = derived("pareto", metrics | {"sdft": dict(prior=[0.9, 0.92, 0.1])})
-    assert metrics["sft where matched"]["prior"].tolist() == [0.3, 0.32]
-    assert metrics["sdft where matched"]["prior"].tolist() == [0.92, 0.1]
-    assert metrics["sft where matched"]["here"].endswith("0.31 ± 0.01, SFT at 0.002 on 2 seeds")
-    metrics = derived("pareto", metrics | {k: dict(matched=[1, 0, 0], prior=[1] * 3) for k in rows})
-    assert metrics["sft where matched"] == {"prior": [], "here": "no rate matched on two seeds"}
-
-
-def test_what_claims_compare_is_derived_as_named():
-    """Kept in the paper's unit, the gap by size, seeds that collapsed, .95 of the length."""
-    stages = {"sft": [1.0, 0.1], "sdft": [0.9, 0.88]}
-    metrics = {arm: {"after X: X": [own], "X": [end]} for arm, (own, end) in stages.items()}
-    metrics = derived("sequential", metrics | {"base": {"X": [0.4]}})
-    assert metrics["sft"]["X kept"] == pytest.approx(-0.5)  # 1 is the best of both
-    assert metrics["sdft"]["X kept"] == pytest.approx(0.8)
-    assert metrics["sft"]["half of own X"] == 0.5
-    sizes, metrics = ("1 x 128", "2 x 32", "2 x 64", "2 x 128"), {}
-    for size, t in zip(sizes, (1.0, 0.7, 1.0, 0.9)):
-        metrics |= {f"{size}, sft": {"new": [0.5]}, f"{size}, sdft": {"new": [0.75]}}
-        metrics[f"{size}, base"] = {"teacher": [0.9, t]}
-    metrics = derived("scaling", metrics)
-    assert metrics["2 x 64, gap"]["new"] == 0.25
-    assert metrics["worst of all sizes"]["teacher"] == [pytest.approx(0.8)]
-    assert derived("teacher_weights", {"": {"collapsed": [1, 0, 1]}})[""]["seeds"] == "2 of 3"
-    metrics = derived("reasoning", {"base": {"length": [5.0]}})
-    assert metrics["base"][".95 of the length"] == pytest.approx(4.75)
-
-
-METHODS = {  # how the forgetting law calls a family
-    **{"sft": "SFT", "sft stopped": "SFT", "sft, own style": "SFT, own style", "dft": "DFT"},
-    **{"sft + KL, w 0.1": "SFT + KL", "sft + KL, w 0.3": "SFT + KL", "sft + KL, w 1": "SFT + KL"},
-    **{"sft + replay": "replay", "sft + re-invoke": "re-invoke", "offline, reverse KL": "offline"},
-}
-
-
-def test_the_forgetting_law_names_methods_and_fits():
-    """Every trained model of the runs is a point; here loss is KL², and the other KL is noise."""
-    rng, expected, results = np.random.default_rng(0), [], {}
-    for name in forgetting_law.SOURCES:
-        results[name] = {"rows": []}
-        for arm in EXPERIMENTS[name].arms:
-            near, other = np.zeros((2, 2)) if arm["arm"] == "base" else 0.9 * rng.random((2, 2))
-            metrics = {"prior": 1 - near**2, "KL": near, "KL forward": other}
-            family = arm.get("family")
-            results[name]["rows"].append({"arm": arm["arm"], "family": family, "metrics": metrics})
-            # SDFT of the controls is pareto's again.
-            if arm["arm"] != "base" and (name, arm["arm"]) != ("controls", "sdft"):
-                expected += [(METHODS.get(family, "SDFT"), value) for value in near]
-    points = [*forgetting_law.points(results)]
-    assert [(method, point["KL"]) for method, point in points] == expected
-    result = forgetting_law.measure(results)
-    metrics = result["rows"][0]["metrics"]
-    assert (result["rows"][0]["arm"], metrics["n"]) == ("all", len(expected))
-    assert metrics["R² KL"] == pytest.approx(1) and metrics["R² KL forward"] < 0.5
-    table = [*report.claims_table(REPORTED, {"forgetting_law": result})]
-    assert any("R² 1.00 with KL(model ‖ base)" in line and "| yes |" in line for line in table)
-
-
 # --- The report ----------------------------------------------------------------------------------
 
 
@@ -385,27 +278,23 @@ def test_the_report_changes_its_parts_alone():
 
 
 def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
-    """Its results and figures; a run without any, or a damaged file, changes nothing."""
+    """Its results and figures; a run with a damaged file changes nothing."""
     run = tmp_path / "run"
     for name in ("RESULTS", "FIGURES", "README"):
         monkeypatch.setattr(report, name, tmp_path / name)
     for path in (report.RESULTS, report.FIGURES, run):
         path.mkdir()
     report.README.write_text(page())
-    with pytest.raises(SystemExit, match="no results in .*RESULTS; make them with: python"):
-        report.main([str(report.RESULTS)])
-    (run / "kl.png").write_bytes(b"PNG")
+    for name in forgetting_law.SOURCES:
+        report.write(run / f"{name}.json", RESULTS[name])
     (run / "kl.json").write_text("{")
     with pytest.raises(SystemExit, match="error: "):
         report.main([str(run)])
     assert not [*report.RESULTS.iterdir()]
-    for name in forgetting_law.SOURCES:
-        report.write(run / f"{name}.json", RESULTS[name])
+    report.write(run / "kl.json", RESULTS["kl"])
     report.main([str(run)])
     assert report.load(report.RESULTS).keys() == {*forgetting_law.SOURCES, "forgetting_law"}
-    assert report.load(report.RESULTS)["kl"] == RESULTS["kl"]
     assert (report.FIGURES / "forgetting_law.png").exists()
-    assert (report.FIGURES / "kl.png").read_bytes() == b"PNG"
     assert "| reverse | 0.99 ± 0.02 |" in report.README.read_text()
 
 
@@ -425,8 +314,11 @@ def test_committed_results_fit_the_code(name):
     """Every arm of the code is in the results, with its fields and a value per seed."""
     experiment, result = REPORTED[name], RESULTS[name]
     if name == "forgetting_law":
-        losses = lambda rows: [(row["arm"], row["metrics"]["loss"]) for row in rows]
-        assert losses(result["rows"]) == losses(forgetting_law.measure(RESULTS)["rows"])
+        again = forgetting_law.measure(RESULTS)["rows"]
+        for row, of_now in zip(result["rows"], again, strict=True):
+            assert row["arm"] == of_now["arm"]
+            for metric, value in row["metrics"].items():
+                assert of_now["metrics"][metric] == pytest.approx(value)
         return
     fields = lambda row: {k: v for k, v in row.items() if k not in ("settings", "metrics")}
     assert [*map(fields, result["rows"])] == [*map(fields, experiment.arms)]
@@ -454,7 +346,7 @@ def toy_run(folder, seed, x_at_the_end=0.75, lr=1e-4):
 
 
 def test_toy_runs_have_means_worst_runs_and_the_papers_unit(tmp_path, capsys):
-    """X ends at .75 and .85: kept (.75 - .5) / (1 - .5) = .5 and .7. A figure, too."""
+    """X ends at .75 and .85: kept (.75 - .5) / (1 - .5) = .5 and .7. Other settings are refused."""
     runs = [toy_run(tmp_path / "a", 0, 0.75), toy_run(tmp_path / "b", 1, 0.85)]
     seeds.main([*runs, f"--figure={tmp_path / 'toy.png'}"])
     table = capsys.readouterr().out
@@ -462,18 +354,9 @@ def test_toy_runs_have_means_worst_runs_and_the_papers_unit(tmp_path, capsys):
         "| X, own | 0.50 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 | 1.00 |",
         "| X at the end | 0.50 ± 0.00 | 0.80 ± 0.07 | 0.80 ± 0.07 | 0.75 | 0.75 |",
         "| X kept |  | 0.60 ± 0.14 | 0.60 ± 0.14 | 0.50 | 0.50 |",
-        "| Y kept |  | 0.00 ± 0.00 | 0.00 ± 0.00 | 0.00 | 0.00 |",
         "| prior at the end | 1.00 ± 0.00 | 0.25 ± 0.00 | 0.25 ± 0.00 | 0.25 | 0.25 |",
     ]:
         assert line in table.splitlines()
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_toy_runs_of_other_settings_are_not_averaged(tmp_path):
-    """Nor is a folder without results taken for a run."""
-    runs = [toy_run(tmp_path / "a", 0), toy_run(tmp_path / "b", 1, lr=1e-3)]
+    assert (tmp_path / "toy.png").exists()
     with pytest.raises(SystemExit, match="differ in more than the seed"):
-        seeds.main(runs)
-    with pytest.raises(SystemExit, match="error: .*holds no results.json"):
-        seeds.main([str(tmp_path)])
+        seeds.main([*runs, toy_run(tmp_path / "c", 2, lr=1e-3)])

@@ -22,14 +22,14 @@ def identify(x):
     return x, os.getpid(), os.environ["PREPARED"]
 
 
-def test_every_task_is_done_once_in_a_process_that_is_set_up(monkeypatch):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_task_is_done_once_in_a_process_that_is_set_up(jobs, monkeypatch):
     """With one job in this process, otherwise in others."""
     monkeypatch.setenv("PREPARED", "")
-    for jobs in (1, 2):
-        results = [*processes.in_processes([(identify, x) for x in range(4)], jobs, prepare)]
-        assert sorted(x for x, *_ in results) == [0, 1, 2, 3]
-        assert all(prepared == str(pid) for _, pid, prepared in results)
-        assert ({pid for _, pid, _ in results} == {os.getpid()}) == (jobs == 1)
+    results = [*processes.in_processes([(identify, x) for x in range(4)], jobs, prepare)]
+    assert sorted(x for x, *_ in results) == [0, 1, 2, 3]
+    for _, pid, prepared in results:
+        assert prepared == str(pid) and (pid == os.getpid()) == (jobs == 1)
 
 
 def wait_for_ever(path):

