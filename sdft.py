@@ -12,7 +12,7 @@ tokens are never a target: c acts only through what the teacher makes of it.
 
     prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
     completions  (B, C)       the student's responses, padded with eos_id after the end
-    mask         (B, C)       1 for tokens that count: of a rollout, to its first end token, included
+    mask         (B, C)       1 for tokens that count: those of a rollout to its first end token
     logits       (B, C, V)    position t predicts completion token t
 """
 

@@ -186,8 +186,8 @@ def main(argv=None):
     text = json.dumps(results, indent=1, default=str) + "\n"
     write_whole(args.out_dir / "results.json", lambda tmp: tmp.write_text(text))
     print(
-        "\n{sft update:.3f} s an update of SFT, {sdft update:.3f} s of SDFT, {in all:.0f} s in all; "
-        "results and weights are in {}".format(args.out_dir, **results["seconds"])
+        "\n{sft update:.3f} s an update of SFT, {sdft update:.3f} s of SDFT, {in all:.0f} s in all;"
+        " results and weights are in {}".format(args.out_dir, **results["seconds"])
     )
     folder = shlex.quote(str(args.out_dir))
     print(f"every token, both roles: python -m experiments.page {folder}")

@@ -214,7 +214,7 @@ def test_each_stage_starts_from_the_last(quick, trains):
 
 @pytest.mark.parametrize("name", ["sdft, original teacher", "sdft, EMA teacher"])
 def test_many_stages_have_the_named_teacher(name, quick, trains):
-    """Over 13 stages, each from where the last one ended; the student forgets all but two skills."""
+    """Over 13 stages, each from where the last one ended; the student forgets all but two."""
     seed, start, students = 3, LookUp(), []
     # It reads demonstrations of two of the eight skills.
     start.known |= LookUp(*(toy.skill(k, "test", seed) for k in "XY"), key="teacher_prompts").known
