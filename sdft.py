@@ -12,7 +12,7 @@ tokens are never a target: c acts only through what the teacher makes of it.
 
     prompts, teacher_prompts  B lists of token ids, of any lengths: the contexts of the two roles
     completions  (B, C)       the student's responses, padded with eos_id after the end
-    mask         (B, C)       True for completion tokens up to and including the first end token
+    mask         (B, C)       1 for tokens that count: those of a rollout to its first end token
     logits       (B, C, V)    position t predicts completion token t
 """
 
@@ -54,7 +54,7 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
     """Sample one response per prompt: completions (B, C) and mask (B, C). Alg. 1, line 7.
 
     A row ends with its first eos_id, which is part of the response; the rest of it is filled with
-    eos_id and masked. Temperature 0 is greedy. The model provides `kv_cache`, `hidden`, `lm_head`.
+    eos_id and masked. Temperature 0 is greedy. The model has model.py's kv_cache, hidden, lm_head.
     Raises ValueError if prompt and response do not fit, FloatingPointError if logits explode.
     """
     if max_new_tokens < 1 or not (temperature == 0 or temperature >= 0.01):
@@ -107,7 +107,7 @@ def token_divergence(student_logits, teacher_logits, divergence="reverse"):
     """Divergence of the next-token distributions, (..., V) to (...), in nats, in float32 or better.
 
     reverse  KL(student ‖ teacher), Eqs. (1) and (2)
-    forward  KL(teacher ‖ student), of all its results (v2, Sec. 3; official repository, issue 5)
+    forward  KL(teacher ‖ student), with which the paper's results were made (v2, Sec. 3)
     jsd      Jensen-Shannon: the mean of both roles' KL to their mixture
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)

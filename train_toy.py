@@ -171,20 +171,24 @@ def main(argv=None):
             f"{TEACHER_GATE}, so that there is nothing to distil; raise --pretrain_steps"
         )
     command = shlex.join(["python", "train_toy.py", *(sys.argv[1:] if argv is None else argv)])
-    results = {"config": config, "command": command, "base": base_row}
+    results = {"config": config, "command": command, "base": base_row, "seconds": {}}
     for arm in ("sft", "sdft"):
         # Both start from the base, and each skill from where the last one ended.
-        student, looks, results[arm] = copy.deepcopy(base), [], []
+        student, looks, results[arm], seconds = copy.deepcopy(base), [], [], []
         for skill in toy.NEW:
-            learn(arm, skill, student, base, looks, args)
+            seconds.append(learn(arm, skill, student, base, looks, args))
             results[arm].append({"after": skill} | measure(student, test))
             save(student, args.out_dir / f"{arm}.pt")
-    results["seconds"] = time.perf_counter() - start
+        results["seconds"][f"{arm} update"] = float(np.mean(seconds))
+    results["seconds"]["in all"] = time.perf_counter() - start
 
     print_table(results)
     text = json.dumps(results, indent=1, default=str) + "\n"
     write_whole(args.out_dir / "results.json", lambda tmp: tmp.write_text(text))
-    print(f"\n{results['seconds']:.0f} s in all; results and weights are in {args.out_dir}")
+    print(
+        "\n{sft update:.3f} s an update of SFT, {sdft update:.3f} s of SDFT, {in all:.0f} s in all;"
+        " results and weights are in {}".format(args.out_dir, **results["seconds"])
+    )
     folder = shlex.quote(str(args.out_dir))
     print(f"every token, both roles: python -m experiments.page {folder}")
 
@@ -192,7 +196,8 @@ def main(argv=None):
 def learn(arm, skill, student, base, looks, args):
     """Teach `student` one skill, in place, and look at it now and then on validation inputs.
 
-    `looks` are this arm's rows of metrics so far, of earlier skills too.
+    `looks` are this arm's rows of metrics so far, of earlier skills too. Returns the seconds of an
+    update, without the looks.
     """
     shared = dict(batch_size=args.batch_size, seed=args.seed)
     if arm == "sft":
@@ -210,10 +215,11 @@ def learn(arm, skill, student, base, looks, args):
     watched, max_new_tokens = toy.rows_to_watch(validation, n_new=50), data["answers"].shape[1] + 1
     reading = toy.decode, toy.is_correct_text, max_new_tokens, toy.EOS, args.divergence
 
-    losses, began = [], time.perf_counter()
+    losses, began, looking = [], time.perf_counter(), 0.0
     for step, loss in itertools.chain([(0, None)], updates):  # step 0: before training
         losses += [] if loss is None else [loss]
         if step % max(1, steps // 5) == 0 or step == steps:
+            looked = time.perf_counter()
             row = {"phase": arm, "skill": skill, "step": step}
             metrics, samples = watch.look(student, teacher, base, watched, *reading, **row)
             accuracy = measure(student, validation)
@@ -222,6 +228,8 @@ def learn(arm, skill, student, base, looks, args):
             row["warnings"] = watch.warnings(looks)
             files.append(args.out_dir / "samples.jsonl", samples)
             log(row, losses, steps, began, args)
+            looking += time.perf_counter() - looked
+    return (time.perf_counter() - began - looking) / steps
 
 
 def log(row, losses, steps, began, args):
@@ -284,6 +292,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if min(args.steps, args.sft_steps, args.pretrain_steps, args.batch_size) < 1:
         p.error("--steps, --sft_steps, --pretrain_steps and --batch_size must be at least 1")
+    if args.out_dir == Path():
+        p.error("--out_dir must name a folder of its own")
     if not 0 <= args.ema_alpha <= 1:
         p.error("--ema_alpha must lie between 0 and 1")
     return args

@@ -396,6 +396,7 @@ ENDINGS = [
     ("--ema_alpha=2", "--ema_alpha must lie between 0 and 1"),
     ("--batch_size=0", "--batch_size must"),
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
+    ("--out_dir=", "--out_dir must name a folder"),
     ("--step=3", "unrecognized arguments: --step"),
     ("--out_dir=LICENSE/x", "Not a directory: 'LICENSE/x'"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),

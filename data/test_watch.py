@@ -79,6 +79,22 @@ def test_a_look_does_not_depend_on_the_batch(models):
     assert [alone[k] for k in same] == pytest.approx([together[k] for k in same], rel=1e-4)
 
 
+def test_any_of_several_end_tokens_ends_a_response(models):
+    """As the end of a chat's turn beside the end of a text."""
+    assert look(models, rows()[:3])[0]["never_ended"] > 0
+    some = watch.look(
+        *models,
+        rows()[:3],
+        DECODE,
+        lambda *_: True,
+        9,
+        range(8),
+        step=0,
+        rollout=lambda *a: rollout(*a[:3], EOS, *a[4:]),
+    )
+    assert some[0]["never_ended"] == 0
+
+
 def test_samples_are_few_and_of_both_roles_and_kinds(models):
     """Three of each kind; the teacher's own responses before training only."""
     for step, roles in ((0, ["student"] * 6 + ["teacher"] * 6), (7, ["student"] * 6)):

@@ -48,6 +48,7 @@ def look(
     """
     before_training, judge = about["step"] == 0, base if teacher is None else teacher
     entropy = lambda logits: torch.distributions.Categorical(logits=logits).entropy().tolist()
+    end_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     metrics, samples = defaultdict(list), []
     # The base does not change: without a teacher it answers before training only.
     for role in ["student", "teacher"] if teacher or before_training else ["student"]:
@@ -68,7 +69,7 @@ def look(
                 correct = row["expected"] and bool(is_correct(decode(ids), row["expected"]))
                 if row["kind"] == "new" and of_student:
                     metrics["rollouts_correct"] += [] if correct is None else [correct]
-                    metrics["never_ended"] += [ids[-1] != eos_id]
+                    metrics["never_ended"] += [ids[-1] not in end_ids]
                     metrics["response_length"] += [n]
                     metrics["kl_student_base"] += sdft.token_divergence(s, b).tolist()
                     metrics["student_entropy"] += entropy(s)

@@ -1,14 +1,10 @@
 """Cold start: how often must the base be right already?
 
-The paper's base solves 42% of its tasks. Where a policy can hardly solve a task, self-distillation
-is reported to have little signal (arXiv 2609.16639).
-
     python -m experiments.cold_start --seeds 5
 
 Five skills of which the base's training followed the right table on 0, 3, 10, 30 and 60 of 100
 prompts, otherwise the rival's; which skill has which level changes with the seed. (Next to a bare
-answer, in 2% of its lines, the right table is followed always.) Every method gets two rates per
-level, the better one by validation.
+answer, in 2% of its lines, the right table is followed always.) README.md, "Cold start".
 """
 
 from experiments import report, runner

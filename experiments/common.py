@@ -6,10 +6,8 @@ prior skills.
 """
 
 import argparse
-import ast
 import copy
 import functools
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -42,7 +40,10 @@ def base(seed, world="skills", **sizes):
     path = options.out_dir / "bases" / name
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**sizes))
-    saved = load(path) if path.exists() else {"config": None}
+    try:
+        saved = torch.load(path, weights_only=True) if path.exists() else {"config": None}
+    except Exception:  # a damaged file makes torch.load raise almost anything
+        raise ValueError(f"{path} is damaged; delete it to pretrain again") from None
     if saved["config"] == config:
         model.load_state_dict(saved["model"])
         return model
@@ -70,26 +71,9 @@ def pretrain_on_targets(model, draw_batch, seed, steps):
         yield step, loss.item()
 
 
-def load(path):
-    """What `base` has saved."""
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not compare the file's checksums
-            raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file makes torch.load raise almost anything
-        raise ValueError(f"{path} is damaged; delete it to pretrain again") from None
-
-
 def code_of(paths):
-    """A number that changes with the content of files, but not with code's comments or layout."""
-    texts = [path.read_text(encoding="utf-8") for path in paths]
-    parts = [bare(text) if path.suffix == ".py" else text for path, text in zip(paths, texts)]
-    return zlib.crc32("".join(parts).encode())
-
-
-@functools.cache
-def bare(code):
-    return ast.dump(ast.parse(code))
+    """A number that changes with the content of files."""
+    return zlib.crc32(b"".join(path.read_bytes() for path in paths))
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -132,6 +116,11 @@ def train_on_skill(student, seed, settings, name="X", world="skills"):
 # --- Metrics -------------------------------------------------------------------------------------
 
 
+def accuracy(model, data, reads="prompts", **rule):
+    """Greedy accuracy on one set of data, when the model reads its prompts or teacher_prompts."""
+    return evaluate(model, {"": data}, reads, **rule)[0][""]
+
+
 def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world="skills"):
     """What a model knows of a new skill and of the prior ones, and how far it is from the start.
 
@@ -139,24 +128,19 @@ def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world
     the new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response. "val" are
     accuracies on validation inputs, by which settings are chosen.
     """
-    sizes = {k: 50 for k in toy.PRIOR} | {name: 400}
-    sets = {k: skill(k, "test", seed, n=n, world=world) for k, n in sizes.items()}
+    metrics, sizes = {}, {k: 50 for k in toy.PRIOR} | {name: 400}
+    test = {k: skill(k, "test", seed, n=n, world=world) for k, n in sizes.items()}
     val = {k: skill(k, "val", seed, n=n // 2, world=world) for k, n in sizes.items()}
-    greedy, length = evaluate(model, sets, is_correct=is_correct)
-    sampled, _ = evaluate(model, sets, temperature=1.0, is_correct=is_correct)
-    validated, _ = evaluate(model, val, is_correct=is_correct)
-    prior = lambda accuracy: np.mean([accuracy[k] for k in toy.PRIOR])
-    return {
-        "new": greedy[name],
-        "prior": prior(greedy),
-        "sampled": sampled[name],
-        "prior sampled": prior(sampled),
-        "length": length[name],
-        "KL": kl(model, start, sets[name]),
-        "KL forward": kl(start, model, sets[name]),
-        "val new": validated[name],
-        "val prior": prior(validated),
-    }
+    for new, prior, sets, temperature in [
+        ("new", "prior", test, 0.0),
+        ("sampled", "prior sampled", test, 1.0),
+        ("val new", "val prior", val, 0.0),
+    ]:
+        right, length = evaluate(model, sets, temperature=temperature, is_correct=is_correct)
+        metrics |= {new: right[name], prior: np.mean([right[k] for k in toy.PRIOR])}
+        metrics.setdefault("length", length[name])  # of the first, the greedy answers
+    kls = {"KL": kl(model, start, test[name]), "KL forward": kl(start, model, test[name])}
+    return metrics | kls
 
 
 @torch.no_grad()

@@ -1,21 +1,19 @@
 """Demonstrations: how many does it take, and what do bad ones do?
 
-The paper trains on full sets, so its "SDFT learns more than SFT" does not say at what size, and its
-demonstrations are all right, each for its own prompt.
-
     python -m experiments.demonstrations --seeds 5
 
-demonstrations  8 to 400 of them, on skill X. Every method has 160 updates, two rates for every
-                number of demonstrations, SFT all five
+demonstrations  8 to 400 of them, on skill X; 160 updates for every number
 mismatch        a share of them is spoiled, see `spoil` in worlds.py. "teacher" is the base's
                 accuracy with the training demonstrations, spoiled ones included
+
+README.md, "Few demonstrations" and "Bad demonstrations".
 """
 
 from experiments import report, runner
-from experiments.common import base, skill, skill_metrics, train
-from experiments.settings import LOW, METHODS, RATES, SDFT, SDFT_FORWARD, SFT_OWN, chosen, grid
+from experiments.common import accuracy, base, skill, skill_metrics, train
+from experiments.settings import LOW, METHODS, RATES, chosen, grid
 from experiments.worlds import spoil
-from train_toy import evaluate, sdft
+from train_toy import sdft
 
 
 def measure(seed, n, settings):
@@ -29,11 +27,10 @@ def figure(rows, plt):
 
 
 RATES_OF = {"sft": RATES, "sft, own style": LOW, "sdft": LOW, "sdft, forward KL": LOW}
+NUMBERS = (8, 16, 32, 64, 128, 400)
 DEMONSTRATIONS = runner.Experiment(
     name="demonstrations",
-    arms=[
-        arm for n in (8, 16, 32, 64, 128, 400) for arm in grid(RATES_OF, condition=f"{n}, ", n=n)
-    ],
+    arms=[arm for n in NUMBERS for arm in grid(RATES_OF, condition=f"{n}, ", n=n)],
     measure=measure,
     columns=["new", "sampled", "prior", "KL"],
     choose_by=("val new", "val prior"),
@@ -47,24 +44,23 @@ def measure_mismatch(seed, settings, kind="wrong", share=0.0):
     student, _ = train(start, data, seed, **settings)
     metrics = skill_metrics(student, start, seed)
     if settings["method"] is sdft:
-        metrics["teacher"] = evaluate(start, {"X": data}, "teacher_prompts")[0]["X"]
+        metrics["teacher"] = accuracy(start, data, "teacher_prompts")
     return metrics
 
 
-def spoiled(kind, family, suffix=""):
-    return [
-        dict(arm=f"{share:.0%} {kind}{suffix}", family=family, kind=kind, share=share)
-        | dict(settings=METHODS[family])
-        for share in (0.2, 1.0)
-    ]
-
-
-ARMS = [dict(arm="none", family="sdft", settings=SDFT)]
-ARMS += [dict(arm="none, forward KL", family="sdft, forward KL", settings=SDFT_FORWARD)]
-ARMS += [dict(arm="none, sft in own style", family="sft, own style", settings=SFT_OWN)]
-ARMS += spoiled("wrong", "sdft") + spoiled("another row's", "sdft") + spoiled("one for all", "sdft")
-ARMS += spoiled("wrong", "sdft, forward KL", ", forward KL")
-ARMS += spoiled("wrong", "sft, own style", ", sft in own style")
+ARMS = [dict(arm="none", family="sdft"), dict(arm="none, forward KL", family="sdft, forward KL")]
+ARMS += [dict(arm="none, sft in own style", family="sft, own style")]
+for kind, family, suffix in [
+    ("wrong", "sdft", ""),
+    ("another row's", "sdft", ""),
+    ("one for all", "sdft", ""),
+    ("wrong", "sdft, forward KL", ", forward KL"),
+    ("wrong", "sft, own style", ", sft in own style"),
+]:
+    for share in (0.2, 1.0):
+        name = f"{share:.0%} {kind}{suffix}"
+        ARMS += [dict(arm=name, family=family, kind=kind, share=share)]
+ARMS = [arm | dict(settings=METHODS[arm["family"]]) for arm in ARMS]
 MISMATCH = runner.Experiment(
     name="mismatch",
     arms=ARMS,

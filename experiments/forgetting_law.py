@@ -1,20 +1,11 @@
-"""Is forgetting told by how far a model has moved from its base?
+"""Is forgetting told by how far a model has moved from its base, as in RL's Razor (2509.04259)?
 
-*RL's Razor* (arXiv 2509.04259): whatever the method, the loss of prior abilities follows the KL
-between base and trained model on the *new* task's prompts, with a quadratic fit of R² .96 in a toy
-and .71 on language models.
-
-    python -m experiments.forgetting_law out/experiments   # after the other experiments
+    python -m experiments.report out/experiments   # measures it, after the other experiments
 
 Every trained model of the experiments on skill X is a point: KL on X's prompts, in nats per
 response, against the loss of greedy accuracy on the prior skills, seed by seed. The KL is taken in
-both directions; the fit is a parabola through all points and through each method's.
+both directions; the fit is a parabola. README.md, "What forgetting follows".
 """
-
-import argparse
-import json
-import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -28,72 +19,35 @@ METHODS |= {"sft + replay": "replay", "sft + re-invoke": "re-invoke"}
 METHODS |= {"offline, reverse KL": "offline"}  # and SDFT if it is none of these
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("run", type=Path, help="--out_dir of finished experiments")
-    run = p.parse_args(argv).run
-    try:
-        rows = measure(run)
-        result = {"experiment": "forgetting_law", "seeds": [], "rows": rows}
-        report.write(run / "forgetting_law.json", result)
-        print("\n".join(table(rows)))
-        report.draw(figure, rows, run / "forgetting_law.png")
-    except (OSError, ValueError) as e:
-        sys.exit(f"error: {e}")
+def measure(results):
+    """The result over the others': per method, and for "all", its points and R² of the fits."""
+    groups, rows = {"all": []}, []
+    for method, point in points(results):
+        groups["all"].append(point)
+        groups.setdefault(method, []).append(point)
+    for method, group in groups.items():
+        metrics = {name: [point[name] for point in group] for name in ("loss", *KLS)}
+        fits = {f"R² {name}": r_squared(metrics[name], metrics["loss"]) for name in KLS}
+        rows.append({"arm": method, "metrics": {"n": len(group)} | metrics | fits})
+    return {"experiment": "forgetting_law", "seeds": [], "rows": rows}
 
 
-def measure(run):
-    """One row per method, and "all": its points, and R² of the fits."""
-    points = read(run)
-    groups = {"all": points}
-    for point in points:
-        groups.setdefault(point["method"], []).append(point)
-    rows = []
-    for name, group in groups.items():
-        loss = np.array([point["loss"] for point in group])
-        metrics = {"n": len(group), "loss": loss.tolist()}
-        for direction in KLS:
-            x = np.array([point[direction] for point in group])
-            metrics |= {direction: x.tolist(), f"R² {direction}": r_squared(x, loss)}
-        rows.append({"arm": name, "metrics": metrics})
-    return rows
-
-
-def read(run):
-    """Every trained model of SOURCES: method, KL both ways and loss of prior accuracy."""
-    points, start = [], None
+def points(results):
+    """Every trained model of SOURCES: (method, its KL both ways and loss of prior accuracy)."""
+    start = results["pareto"]["rows"][0]["metrics"]["prior"]  # the base's
     for name in SOURCES:
-        try:
-            rows = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-        except (OSError, ValueError):
-            command = f"python -m experiments.all {name} --out_dir {run}"
-            raise ValueError(f"{run} has no results of {name}; make them: {command}") from None
-        start = start or rows[0]["metrics"]["prior"]  # pareto's base
-        for row in rows:
-            method = METHODS.get(row.get("family"), "SDFT")
+        for row in results[name]["rows"]:
+            method, metrics = METHODS.get(row.get("family"), "SDFT"), row["metrics"]
             if row["arm"] == "base" or (name == "controls" and method == "SDFT"):
                 continue  # the latter are pareto's
-            metrics = row["metrics"]
-            for i, prior in enumerate(metrics["prior"]):
-                point = {"method": method, "loss": start[i] - prior}
-                points.append(point | {direction: metrics[direction][i] for direction in KLS})
-    return points
+            for before, prior, *kls in zip(start, metrics["prior"], *(metrics[k] for k in KLS)):
+                yield method, {"loss": before - prior} | dict(zip(KLS, kls))
 
 
 def r_squared(x, y):
     """The share of y's variance that the best parabola in x explains."""
     fit = np.polyval(np.polyfit(x, y, 2), x)
     return float(1 - np.var(y - fit) / np.var(y))
-
-
-def table(rows):
-    yield "| method | models | " + " | ".join(f"R², {name}" for name in KLS.values()) + " |"
-    yield "|---|---:|---:|---:|"
-    for row in rows:
-        fits = [f"{row['metrics'][f'R² {direction}']:.2f}" for direction in KLS]
-        yield f"| {row['arm']} | {row['metrics']['n']} | " + " | ".join(fits) + " |"
 
 
 def derive(metrics):
@@ -109,13 +63,15 @@ def figure(rows, plt):
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss of prior accuracy")
-    report.grid_and_legend(panels[1])
+    report.legend_beside(panels[1])
     return drawn
 
 
 FORGETTING_LAW = runner.Experiment(
-    name="forgetting_law", arms=[], measure=measure, columns=[], derive=derive, table=table
+    name="forgetting_law",
+    arms=[],
+    measure=measure,
+    columns=["n", "R² KL", "R² KL forward"],
+    derive=derive,
+    figure=figure,
 )
-
-if __name__ == "__main__":
-    main()

@@ -67,7 +67,7 @@ def rollout(model, prompts, max_new_tokens, eos_ids, temperature=1.0, generator=
 
 def completion_logits(model, prompts, completions):
     """Logits (B, C, V) of completions (B, C), as from `sdft.completion_logits`."""
-    # Under autocast, casts made without gradients must not serve the pass that needs them.
+    # Under autocast, casts made without gradients, or of older weights, must not serve this pass.
     torch.clear_autocast_cache()
     tokens, n_pad = left_pad(prompts, completions.device)
     tokens = torch.cat([tokens, completions[:, :-1]], 1)  # (B, P + C - 1)

@@ -1,21 +1,17 @@
 """Which divergence, and must it be summed over the vocabulary? Losses, and their gradients.
 
-The paper compares three gradients (App. A.1): the sampled token, the analytic sum over the
-vocabulary at every token (which it uses, and finds best), and a Rao-Blackwellised one. Its
-equations are the reverse KL (v1). By v2 and issue 5 of the official repository its results were
-made with the forward KL. One replication finds no difference, another +6 points for the forward KL.
-
     python -m experiments.kl --seeds 5
 
 kl          Skill X at SDFT's settings. "noise" is the variance of the gradient over rollouts of one
             minibatch, summed over the weights, as a multiple of the squared length of the mean
             gradient, at the base's weights
-estimators  Responses of at most three tokens can be enumerated, so that the exact gradient of
-            Eq. (1), the KL between whole responses, is known. An estimate is one response to each
-            of 8 prompts of skill X. "bias" is the length of the mean estimate's error, "noise" the
-            standard deviation of an estimate around its mean, both in lengths of the exact
-            gradient; "cosine" is the angle's between the two. The mean of "analytic" is exact, that
-            of the others over 500 estimates, whose remaining error is "bias error"
+estimators  Three estimates of the gradient of Eq. (1), the KL between whole responses (App. A.1),
+            which is known exactly where responses have at most three tokens. "bias" is the length
+            of the mean estimate's error, "noise" the standard deviation of an estimate, both in
+            lengths of the exact gradient; "cosine" is the angle's between the two. The mean of
+            "analytic" is exact, the others' is over 500 estimates and off by "bias error"
+
+README.md, "The divergence" and "The estimators".
 """
 
 import torch
@@ -25,7 +21,7 @@ from experiments import common, runner
 from experiments.common import base, skill, skill_metrics, train
 from experiments.settings import SDFT, SDFT_FORWARD, SDFT_JSD
 from experiments.worlds import first_rows
-from sdft import completion_logits, implicit_reward, rollout
+from sdft import completion_logits, rollout
 
 
 def gradient(loss, model):
@@ -37,6 +33,13 @@ def at_tokens(values, tokens):
     return values.gather(2, tokens[:, :, None])[:, :, 0]
 
 
+def both_roles(student, teacher, data, y):
+    """log p of the student and log q of the teacher, (B, C, V) each, of responses y (B, C)."""
+    with torch.no_grad():
+        log_q = completion_logits(teacher, data["teacher_prompts"], y).log_softmax(-1)
+    return completion_logits(student, data["prompts"], y).log_softmax(-1), log_q
+
+
 # --- Which divergence ----------------------------------------------------------------------------
 
 
@@ -46,12 +49,9 @@ def sampled_token(student, teacher, batch, generator):
     The gradient is that of Eq. (2) on average: Σ_v p log(p/q) ∇log p = ∇ Σ_v p log(p/q).
     """
     n = batch["answers"].shape[1] + 1
-    completions, mask = rollout(student, batch["prompts"], n, toy.EOS, generator=generator)
-    logits = completion_logits(student, batch["prompts"], completions)  # (B, C, V)
-    with torch.no_grad():
-        teacher_logits = completion_logits(teacher, batch["teacher_prompts"], completions)
-    reward = implicit_reward(logits, teacher_logits, completions)  # (B, C)
-    per_token = -reward * at_tokens(logits.log_softmax(-1), completions) * mask  # (B, C)
+    y, mask = rollout(student, batch["prompts"], n, toy.EOS, generator=generator)  # (B, C)
+    log_p, log_q = (at_tokens(log, y) for log in both_roles(student, teacher, batch, y))  # (B, C)
+    per_token = -(log_q - log_p).detach() * log_p * mask
     return (per_token.sum(1) / mask.sum(1)).mean()
 
 
@@ -119,7 +119,7 @@ def measure_estimator(seed, name):
 def estimator(model, data, generator, name):
     """A loss whose gradient is the estimate: one response to each prompt."""
     y, mask = rollout(model, data["prompts"], TOKENS, toy.EOS, generator=generator)  # (B, C)
-    log_p, log_q = both_roles(model, data["prompts"], data["teacher_prompts"], y)  # (B, C, V)
+    log_p, log_q = both_roles(model, model, data, y)  # (B, C, V)
     log_p_of_y, log_q_of_y = at_tokens(log_p, y), at_tokens(log_q, y)  # (B, C)
     kl = (log_p.exp() * (log_p - log_q)).sum(2) * mask  # (B, C), analytic
     if name == "analytic":
@@ -137,48 +137,30 @@ def from_here_on(values):
     return values.flip(1).cumsum(1).flip(1)
 
 
-def both_roles(model, prompts, teacher_prompts, y):
-    """log p of the student and log q of the teacher, (B, C, V) each."""
-    with torch.no_grad():
-        log_q = completion_logits(model, teacher_prompts, y).log_softmax(-1)
-    return completion_logits(model, prompts, y).log_softmax(-1), log_q
-
-
 def enumerated_loss(model, data, fixed_responses=False):
     """Eq. (1), KL(student ‖ teacher) of whole responses by the chain rule, mean of prompts.
 
     With fixed responses P(prefix) has no gradient: the loss whose gradient is the analytic
     estimator's mean.
     """
-    losses = []
+    V, losses = len(toy.VOCAB), []
+    # All prefixes of TOKENS - 1 tokens, in the order of counting; the last token is never read.
+    y = torch.cartesian_prod(*[torch.arange(V)] * (TOKENS - 1))  # (V^(C-1), C - 1)
+    y = torch.nn.functional.pad(y, (0, 1), value=toy.EOS)
+    goes_on = (torch.arange(V) != toy.EOS).to(model.wte.weight.dtype)  # (V,)
     for prompt, teacher_prompt in zip(data["prompts"], data["teacher_prompts"]):
-        loss = 0.0
-        for p_prefix, kl in prefixes(model, prompt, teacher_prompt):
-            loss += ((p_prefix.detach() if fixed_responses else p_prefix) * kl).sum()
+        prompts = dict(prompts=[prompt] * len(y), teacher_prompts=[teacher_prompt] * len(y))
+        log_p, log_q = both_roles(model, model, prompts, y)
+        kl = (log_p.exp() * (log_p - log_q)).sum(2)  # (V^(C-1), C)
+        loss, p_prefix = 0.0, torch.ones(1)
+        for t in range(TOKENS):
+            # A prefix of t tokens begins many rows: take the first of each.
+            rows = torch.arange(0, len(y), V ** (TOKENS - 1 - t))  # (V^t,)
+            loss += ((p_prefix.detach() if fixed_responses else p_prefix) * kl[rows, t]).sum()
+            p_next = log_p[rows, t].exp() * goes_on  # (V^t, V): after an end comes nothing
+            p_prefix = (p_prefix[:, None] * p_next).flatten()  # (V^(t+1),)
         losses.append(loss)
     return torch.stack(losses).mean()
-
-
-def prefixes(model, prompt, teacher_prompt):
-    """For every length t < TOKENS: P(prefix) and the KL at its next token, of all prefixes (V^t,).
-
-    A prefix that has ended has no next token: its P is 0.
-    """
-    V = len(toy.VOCAB)
-    # All prefixes of TOKENS - 1 tokens, in the order of counting; the last token is never read.
-    tokens = torch.cartesian_prod(*[torch.arange(V)] * (TOKENS - 1))  # (V^(C-1), C - 1)
-    y = torch.nn.functional.pad(tokens, (0, 1), value=toy.EOS)
-    log_p, log_q = both_roles(model, [prompt] * len(y), [teacher_prompt] * len(y), y)
-    kl = (log_p.exp() * (log_p - log_q)).sum(2)  # (V^(C-1), C)
-    goes_on = (torch.arange(V) != toy.EOS).to(log_p.dtype)  # (V,)
-    levels, p_prefix = [], torch.ones(1)
-    for t in range(TOKENS):
-        # A prefix of t tokens begins many rows: take the first of each.
-        rows = torch.arange(0, len(y), V ** (TOKENS - 1 - t))  # (V^t,)
-        levels.append((p_prefix, kl[rows, t]))
-        p_next = log_p[rows, t].exp() * goes_on  # (V^t, V)
-        p_prefix = (p_prefix[:, None] * p_next).flatten()  # (V^(t+1),)
-    return levels
 
 
 ESTIMATORS = runner.Experiment(

@@ -1,19 +1,15 @@
 """Can it learn facts? The teacher reads an article and an answer about 20 unknown entities.
 
-The paper (strict / lenient / other questions on the same facts, "OOD"): base 0/0/0, SFT 80/95/80,
-SDFT 89/100/98, base with the article in its prompt 91/100/100. It does not report forgetting. With
-a teacher that reads the answer only (strict) about 37, the article only about 75, both 89.
-
     python -m experiments.knowledge --seeds 5
 
 knowledge  Training asks `?cjA=`, the attributes of cj and their sum. Strict: all of the answer is
            correct; lenient: the sum is. OOD asks `?cjB=`, for the difference, which is never
            trained on. "known" are the 60 entities of pretraining, on both questions. The rates are
-           chosen by a second run on 20 other entities ("val"). "+ known" takes turns: after every
-           update on new facts one of SDFT on question A of known ones, with the base as the
-           teacher: twice the updates, and a frozen teacher, as "sdft, frozen teacher" has
+           chosen by a second run on 20 other entities ("val")
 context    What the teacher reads: `?cjA!eh.=` the article, `?cjA!b.=` the answer, `?cjA!ehb.=`
            both. "teacher" is the base's accuracy when it reads that text
+
+README.md, "Facts" and "What the teacher must read".
 """
 
 import copy
@@ -72,24 +68,15 @@ def take_turns(start, data, seed, *, method, lr, steps, rehearse):
 def scores(student, seed, part="new", reads=None):
     """Scores of one part of the facts and of the known ones, on both questions."""
     asked = {"A": (part, "A"), "OOD": (part, "B"), "known A": ("known", "A")}
-    asked["known B"] = ("known", "B")
-    sets = {
-        name: facts(p, seed, question, reads or "both") for name, (p, question) in asked.items()
-    }
+    asked |= {"known B": ("known", "B")}
+    sets = {name: facts(p, seed, q, reads or "both") for name, (p, q) in asked.items()}
     prompts = "teacher_prompts" if reads else "prompts"
     strict, length = evaluate(student, sets, prompts)
     lenient, _ = evaluate(student, sets, prompts, is_correct=is_last_correct)
     sampled, _ = evaluate(student, sets, prompts, temperature=1.0)
-    return {
-        "strict": strict["A"],
-        "lenient": lenient["A"],
-        "OOD": strict["OOD"],
-        "known": (strict["known A"] + strict["known B"]) / 2,
-        "known A": strict["known A"],
-        "known B": strict["known B"],
-        "sampled": sampled["A"],
-        "length": length["A"],
-    }
+    metrics = {"strict": strict["A"], "lenient": lenient["A"], "sampled": sampled["A"]}
+    metrics |= {"length": length["A"], "known": (strict["known A"] + strict["known B"]) / 2}
+    return metrics | {name: strict[name] for name in ("OOD", "known A", "known B")}
 
 
 TURNS = dict(steps=160, rehearse=True)
@@ -116,17 +103,10 @@ def measure_context(seed, text, settings):
     return {"teacher": told["A"]} | taught(start, seed, settings, text)
 
 
+TEXTS = {"answer only": "answer", "article only": "article", "both": "both"}
 CONTEXT = runner.Experiment(
     name="context",
-    arms=[
-        arm
-        for name, text in {
-            "answer only": "answer",
-            "article only": "article",
-            "both": "both",
-        }.items()
-        for arm in grid({name: MIDDLE[1:]}, {name: SDFT}, text=text)
-    ],
+    arms=[a for k, text in TEXTS.items() for a in grid({k: MIDDLE[1:]}, {k: SDFT}, text=text)],
     measure=measure_context,
     columns=["strict", "lenient", "OOD", "known", "teacher"],
     bases=[dict(world="facts")],

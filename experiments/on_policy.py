@@ -1,18 +1,13 @@
 """Is it being on-policy, or being close to the base? The baselines that the paper has and lacks.
 
-The paper (Fig. 6, tool use), best first: SDFT, the same loss on responses drawn once from the
-teacher ("offline"), SFT on those responses. Its other baselines (new / prior): Science, SFT 66.2 /
-53.4, SFT + re-invoke 66.0 / 60.2, DFT 54.8 / 60.2, SDFT 70.2 / 64.5. Its critics ask for SFT with a
-KL penalty and with replay.
-
     python -m experiments.on_policy --seeds 5
 
 on_policy  Skill X with prompts of 3 and of 5 digits, answers of 2 and 4 steps: a long answer can go
            wrong early and has to be answered for later. "step 1", "step 2" and "step 4" are the
            shares of answers that are correct up to there
-controls   Everyone trains on the same demonstrations of skill X, at three rates. "re-invoke" goes
-           on after SFT, "replay" and "re-invoke" read the very prompts that "prior" measures, in
-           other inputs: an advantage that SDFT does not have
+controls   Everyone trains on the same demonstrations of skill X, at three rates
+
+README.md, "On-policy or not" and "Controls".
 """
 
 import numpy as np
@@ -32,8 +27,7 @@ from train_toy import sdft, sft
 
 def teacher_samples(start, data, seed):
     """The teacher's responses to the training prompts, and their mask."""
-    generator = torch.Generator().manual_seed(seed)
-    n = data["answers"].shape[1] + 1
+    generator, n = torch.Generator().manual_seed(seed), data["answers"].shape[1] + 1
     drawn = rollout(start, data["teacher_prompts"], n, toy.EOS, generator=generator)
     return {"samples": drawn[0].numpy(), "samples_mask": drawn[1].numpy()}
 
@@ -112,30 +106,26 @@ ON_POLICY = runner.Experiment(
 # --- Other ways to stay close --------------------------------------------------------------------
 
 
-def scored(student, prompts, tokens):
-    """The logits (B, C, V) of tokens (B, C), which all end together, the tokens, and their mask."""
-    tokens = torch.from_numpy(tokens)
-    return completion_logits(student, prompts, tokens), tokens, torch.ones_like(tokens)
-
-
 def kl_penalty(student, teacher, batch, generator, weight):
     """SFT with a penalty of weight times KL(student ‖ base), which is the frozen teacher."""
-    logits, tokens, mask = scored(student, batch["prompts"], batch["demonstrations"])
+    tokens = torch.from_numpy(batch["demonstrations"])  # (B, C), which all end together
+    logits = completion_logits(student, batch["prompts"], tokens)  # (B, C, V)
     with torch.no_grad():
         of_base = completion_logits(teacher, batch["prompts"], tokens)
     penalty = token_divergence(logits, of_base).mean()
-    return sft_loss(logits, tokens, mask) + weight * penalty
+    return sft_loss(logits, tokens, torch.ones_like(tokens)) + weight * penalty
 
 
 def replay(student, teacher, batch, generator):
     """SFT on the demonstrations and on as many right answers to prompts of prior skills."""
-    new = sft_loss(*scored(student, batch["prompts"], batch["demonstrations"]))
-    return (new + sft_loss(*scored(student, batch["prior_prompts"], batch["prior_answers"]))) / 2
+    prior = batch | dict(prompts=batch["prior_prompts"], demonstrations=batch["prior_answers"])
+    return (sft(student, teacher, batch, generator) + sft(student, teacher, prior, generator)) / 2
 
 
 def dft(student, teacher, batch, generator):
     """Dynamic fine-tuning: cross entropy, each token's scaled by its own probability, detached."""
-    logits, tokens, _ = scored(student, batch["prompts"], batch["demonstrations"])
+    tokens = torch.from_numpy(batch["demonstrations"])  # (B, C)
+    logits = completion_logits(student, batch["prompts"], tokens)  # (B, C, V)
     nll = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")  # (B, C)
     return (nll * (-nll).exp().detach()).mean()
 
@@ -148,12 +138,10 @@ def reinvoke(student, teacher, batch, generator):
 
 def prior_rows(seed, n):
     """n prompts of all prior skills, of their training inputs, and right answers to them."""
-    sets = [skill(name, "train", seed) for name in toy.PRIOR]
-    rows = np.random.default_rng([seed, 4]).permutation(sum(len(s["prompts"]) for s in sets))[:n]
-    return {
-        f"prior_{key}": np.concatenate([s[key] for s in sets])[rows]
-        for key in ("prompts", "answers")
-    }
+    sets, rng = [skill(name, "train", seed) for name in toy.PRIOR], np.random.default_rng([seed, 4])
+    rows = rng.permutation(sum(len(s["prompts"]) for s in sets))[:n]
+    keys = ("prompts", "answers")
+    return {f"prior_{key}": np.concatenate([s[key] for s in sets])[rows] for key in keys}
 
 
 def measure_control(seed, settings=None):
@@ -168,17 +156,11 @@ def measure_control(seed, settings=None):
     return skill_metrics(student, start, seed)
 
 
-CONTROLS_FAMILIES = {
-    f"sft + KL, w {weight:g}": SFT | dict(method=kl_penalty, weight=weight)
-    for weight in (0.1, 0.3, 1.0)
-}
-CONTROLS_FAMILIES |= {
-    "sft + replay": SFT | dict(method=replay),
-    "dft": SFT | dict(method=dft),
-    "sft + re-invoke": SFT | dict(method=reinvoke),
-    "offline, reverse KL": SDFT | dict(method=offline),
-    "sdft": SDFT,
-}
+WEIGHTS = (0.1, 0.3, 1.0)
+METHODS = {"sft + replay": replay, "dft": dft, "sft + re-invoke": reinvoke}
+CONTROLS_FAMILIES = {f"sft + KL, w {w:g}": SFT | dict(method=kl_penalty, weight=w) for w in WEIGHTS}
+CONTROLS_FAMILIES |= {name: SFT | dict(method=method) for name, method in METHODS.items()}
+CONTROLS_FAMILIES |= {"offline, reverse KL": SDFT | dict(method=offline), "sdft": SDFT}
 CONTROL_RATES = dict.fromkeys(CONTROLS_FAMILIES, HIGH)
 CONTROL_RATES |= dict.fromkeys(["sft + re-invoke", "offline, reverse KL", "sdft"], MIDDLE)
 CONTROLS = runner.Experiment(

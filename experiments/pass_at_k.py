@@ -1,12 +1,9 @@
 """Is it more than sharpening? pass@k: the chance that one of k sampled responses is correct.
 
-The paper: SDFT above SFT above the base for every k up to 128.
-
     python -m experiments.pass_at_k --seeds 5
 
-Skill X, 128 responses to each of 100 unseen prompts, the unbiased estimator of Chen et al. (arXiv
-2107.03374). A method that only sharpens what the base can do gains at small k alone: as k grows,
-the base catches up.
+Skill X, 128 responses to each of 100 unseen prompts. A method that only sharpens what the base can
+do gains at small k alone: as k grows, the base catches up. README.md, "pass@k".
 """
 
 from math import comb
@@ -46,13 +43,8 @@ def measure(seed, settings=None):
 
 
 def figure(rows, plt):
-    drawn, panel = plt.subplots(figsize=(5.5, 3.6))
-    for row in rows:
-        report.line(panel, KS, [row["metrics"][f"pass@{k}"] for k in KS], row["arm"])
-    panel.set(xscale="log", xlabel="k", ylabel="pass@k on skill X", ylim=(-0.03, 1.05))
-    panel.set_xticks(KS, KS)
-    report.grid_and_legend(panel)
-    return drawn
+    lines = {row["arm"]: [row["metrics"][f"pass@{k}"] for k in KS] for row in rows}
+    return report.panels_of_lines(plt, {"skill X": lines}, KS, "k", "pass@k")
 
 
 NAMES = ("sft", "sft, own style", "sdft", "sdft, forward KL")

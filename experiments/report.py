@@ -152,31 +152,39 @@ def mean_and_sd(values):
 # --- Figures -------------------------------------------------------------------------------------
 
 
-def line(panel, x, values, label, fmt="-o", **style):
-    """A line with error bars through lists of seeds, (n, seeds)."""
-    mean, sd = mean_and_sd(values)
-    panel.errorbar(x, mean, sd, fmt=fmt, label=label, capsize=3, **style)
+def panels_of_lines(plt, panels, ticks, xlabel=None, ylabel="greedy accuracy"):
+    """A figure with a panel for every title, and in it a line for every name.
+
+    panels is {title: {name: values (n, seeds)}}; the values stand at the first n of the ticks.
+    """
+    drawn, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + 4 * len(panels), 3.4), sharey=True, squeeze=False
+    )
+    for panel, (title, lines) in zip(axes[0], panels.items()):
+        for name, values in lines.items():
+            (mean, sd), fmt = mean_and_sd(values), "k--o" if name in ("base", "prior") else "-o"
+            panel.errorbar(range(len(mean)), mean, sd, fmt=fmt, label=name, capsize=3, markersize=4)
+        panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(ylabel)
+    legend_beside(axes[0, -1])
+    return drawn
 
 
 def new_and_prior(rows, plt, field, xlabel):
     """Two panels, a line for every family over the values of a field of the arms."""
-    drawn, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    ticks = [*dict.fromkeys(row[field] for row in rows)]
-    for panel, metric, title in zip(panels, ("new", "prior"), ("new skill", "prior skills")):
-        for family in dict.fromkeys(row["family"] for row in rows):
-            values = [row["metrics"][metric] for row in rows if row["family"] == family]
-            line(panel, range(len(ticks)), values, family, "k:o" if family == "base" else "-o")
-        panel.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
-        panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy accuracy")
-    grid_and_legend(panels[1])
-    return drawn
+    families = dict.fromkeys(row["family"] for row in rows)
+    panels = {
+        title: {f: [row["metrics"][metric] for row in rows if row["family"] == f] for f in families}
+        for metric, title in (("new", "new skill"), ("prior", "prior skills"))
+    }
+    ticks = [f"{value:g}" for value in dict.fromkeys(row[field] for row in rows)]
+    return panels_of_lines(plt, panels, ticks, xlabel)
 
 
-def grid_and_legend(panel):
-    """The legend stands beside the axes, where it hides nothing."""
-    panel.grid(alpha=0.3)
+def legend_beside(panel):
+    """Outside the axes, where it hides nothing."""
     panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
 
 
@@ -214,15 +222,20 @@ def main(argv=None):
 
 
 def take_over(run):
-    """Copy the results and figures of a finished run."""
+    """Copy the results and figures of a finished run, and measure the forgetting law on them."""
+    from experiments import forgetting_law  # it needs this module
+
     results = load(run)
     if not results:
         command = f"python -m experiments.all --out_dir {run}"
         raise ValueError(f"there are no results in {run}; make them with: {command}")
+    for path in run.glob("*.png"):
+        shutil.copy(path, FIGURES)
+    if {*forgetting_law.SOURCES} <= {*results}:
+        law = results["forgetting_law"] = forgetting_law.measure(results)
+        draw(forgetting_law.figure, law["rows"], FIGURES / "forgetting_law.png")
     for name, result in results.items():
         write(RESULTS / f"{name}.json", result)
-        if (run / f"{name}.png").exists():
-            shutil.copy(run / f"{name}.png", FIGURES)
 
 
 def load(folder):
@@ -243,14 +256,17 @@ def rewritten(text, results):
     """The README with fresh tables in its marked parts: <!-- NAME --> ... <!-- end -->."""
     from experiments.all import REPORTED  # these modules need this one
 
-    parts = {"claims": claims_table({e.name: e for e in REPORTED}, results)}
-    parts |= {e.name: experiment_table(e, results.get(e.name)) for e in REPORTED}
-    for name, lines in parts.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
-        if text.count(start) != 1:
-            raise ValueError(f"README.md has {text.count(start)} parts {start.strip()}, not one")
-        before, rest = text.split(start)
-        text = before + start + "\n".join(lines) + "\n" + rest[rest.index(end) :]
+    experiments = {e.name: e for e in REPORTED}
+    for name in re.findall(r"<!-- (?!end)(\w+) -->\n", text):
+        if name == "claims":
+            lines = claims_table(experiments, results)
+        elif name in experiments:
+            lines = experiment_table(experiments[name], results.get(name))
+        else:
+            raise ValueError(f"README.md has a part {name}, and there is no such experiment")
+        before, rest = text.split(f"<!-- {name} -->\n")
+        lines = "\n".join(lines)
+        text = f"{before}<!-- {name} -->\n{lines}\n{rest[rest.index('<!-- end -->') :]}"
     return text
 
 
@@ -259,12 +275,12 @@ def experiment_table(experiment, result):
     if result is None:
         return [MISSING]
     rows = chosen(result["rows"], experiment.choose_by)
-    if experiment.table:
-        return [*experiment.table(rows)]
     lines = [*table(rows, experiment.columns), ""]
     if then := experiment.then_columns:
         lines += [*table([row for row in rows if then[0] in row["metrics"]], then), ""]
     seeds = len(result["seeds"])
+    if not seeds:  # a measurement on others' results
+        return lines
     cost = f"{seeds} seed{'s' * (seeds > 1)}" + ", one where there is no ±" * bool(experiment.once)
     if not experiment.arguments:  # with flags they run on more than one kind of machine
         cost += f"; {result['seconds']:,} s in all, in processes of one thread"

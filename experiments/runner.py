@@ -11,7 +11,6 @@ line and each metric with its values of all seeds, and NAME.png the figure.
 """
 
 import argparse
-import functools
 import inspect
 import itertools
 import json
@@ -23,6 +22,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +57,6 @@ class Experiment:
     once: tuple = ()  # names of costly arms: last, on seed 0 alone, not with --quick
     quick: tuple = ()  # names of the arms that --quick runs, if not all
     then_columns: tuple = ()  # of a second table, with the arms that have these metrics
-    table: Callable = None  # table(rows) -> lines of Markdown, in place of the usual one
 
 
 def main(doc, *experiments, argv=None):
@@ -92,10 +91,8 @@ def parse_args(doc, experiments, argv):
     for add_flags in {e.arguments for e in experiments if e.arguments}:
         add_flags(p)
     args = p.parse_args(argv)
-    if not set(args.names) <= set(names):
-        p.error(f"the names must be among {', '.join(names)}")
-    if args.seeds < 1 or args.jobs < 1:
-        p.error("--seeds and --jobs must be at least 1")
+    if not set(args.names) <= set(names) or args.seeds < 1 or args.jobs < 1:
+        p.error(f"--seeds and --jobs are at least 1, names among {', '.join(names)}")
     args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -109,13 +106,12 @@ def run(experiment, args):
     print(f"{experiment.name}: {len(planned)} runs, {len(todo)} to do", flush=True)
     # The bases first, so that no two processes make the same one.
     seeds = sorted({seed for _, _, seed in todo})
-    set_up = functools.partial(prepare, args)
     bases = [(make_base, seed, base) for base in experiment.bases for seed in seeds]
-    in_parallel = functools.partial(in_processes, jobs=args.jobs, set_up=set_up)
-    for _ in in_parallel(bases):
+    tasks, set_up = [(run_arm, experiment.measure, *run) for run in todo], partial(prepare, args)
+    for _ in in_processes(bases, args.jobs, set_up):
         pass
-    start, tasks = time.perf_counter(), [(run_arm, experiment.measure, *run) for run in todo]
-    for n, row in enumerate(in_parallel(tasks), 1):
+    start = time.perf_counter()
+    for n, row in enumerate(in_processes(tasks, args.jobs, set_up), 1):
         finished[row["key"], row["seed"]] = row
         with open(log, "a", encoding="utf-8") as f:
             # The newline comes first: a line that was cut short must not take this one with it.
@@ -124,12 +120,12 @@ def run(experiment, args):
         left = (time.perf_counter() - start) / n * (len(todo) - n)
         about = f"{n:4}/{len(todo)}  seed {row['seed']}  {row['arm']:28} {'  '.join(found[:3])}"
         print(f"{about}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
-    table = {}
+    table, seconds = {}, 0
     for arm, key, seed in planned:
         row = table.setdefault(key, {k: v for k, v in arm.items() if k != "settings"})
         for name, value in finished[key, seed]["metrics"].items():
             row.setdefault("metrics", {}).setdefault(name, []).append(value)
-    seconds = sum(finished[key, seed]["seconds"] for _, key, seed in planned)
+        seconds += finished[key, seed]["seconds"]
     result = dict(experiment=experiment.name, seeds=[*range(args.seeds)], seconds=round(seconds))
     report.write(args.out_dir / f"{experiment.name}.json", result | {"rows": [*table.values()]})
     return [*table.values()]

@@ -1,21 +1,17 @@
 """Does it need in-context learning, and so size?
 
-The paper (SDFT minus SFT, points): −3.3 at 3B, +4.0 at 7B, +6.9 at 14B: small models read
-demonstrations badly.
-
     python -m experiments.scaling --seeds 5
 
 Models of several depths and widths, pretrained on the same number of tokens with the same settings.
-Each method has two rates, the better by validation. "teacher" is the base's accuracy with a
-demonstration: the paper's reason can be tested only if it differs between the sizes.
+"teacher" is the base's accuracy with a demonstration: the paper's reason can be tested only if it
+differs between the sizes. README.md, "Size".
 """
 
 import numpy as np
 
 from experiments import runner
-from experiments.common import base, skill, skill_metrics, train_on_skill
+from experiments.common import accuracy, base, skill, skill_metrics, train_on_skill
 from experiments.settings import HIGH, LOW, grid
-from train_toy import evaluate
 
 
 def measure(seed, n_layer, n_embd, settings=None):
@@ -23,8 +19,7 @@ def measure(seed, n_layer, n_embd, settings=None):
     student, _ = train_on_skill(start, seed, settings)
     metrics = skill_metrics(student, start, seed)
     metrics["weights"] = sum(p.numel() for p in start.parameters())
-    test = {"X": skill("X", "test", seed)}
-    metrics["teacher"] = evaluate(start, test, "teacher_prompts")[0]["X"]
+    metrics["teacher"] = accuracy(start, skill("X", "test", seed), "teacher_prompts")
     return metrics
 
 

@@ -8,8 +8,7 @@ until it has found the answer, on skill X it gives up after a failure.
     python -m experiments.search --seeds 5
     python -m experiments.search search    # at the chosen rates only, one seed: a few minutes
 
-search        80 updates, the first half of a schedule of 160. "offline" has SDFT's loss on the
-              teacher's responses, "stale" on the base's, drawn once, "forced failures" on the
+search        "offline" has SDFT's loss on the teacher's responses, "stale" on the base's, drawn once, "forced failures" on the
               teacher's after 0 to 5 failures; "sft, searching" is SFT on demonstrations of someone
               who has to search as well
 search_rates  The same at every rate; `CHOSEN` is by seed 0's validation questions
@@ -35,7 +34,7 @@ from sdft import completion_logits, distill_loss, rollout
 from train_toy import sft
 
 # Updates after which X's test questions are asked. The last is the end: half of the schedule.
-LOOKS = (5, 10, 20, 40, 80)
+LOOKS = (5, 10, 20, 40, 80, 160)
 
 GATES = {  # what a base has to be able to do: lowest and highest value
     "honest": (0.97, 1),  # right results after 0 to 4 failures, the worst skill and place
@@ -214,7 +213,8 @@ def figure(rows, plt):
     panel.axhline(BLIND, color="black", linestyle=":", label="blind search")
     panel.set_xticks(range(len(updates)), updates)
     panel.set(xlabel="updates", ylabel="found, sampled, unseen questions", ylim=(0, 0.6))
-    report.grid_and_legend(panel)
+    panel.grid(alpha=0.3)
+    report.legend_beside(panel)
     return drawn
 
 

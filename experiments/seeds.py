@@ -10,17 +10,15 @@ the base, 1 the best of both methods after the skill's own stage.
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from experiments import report
-from experiments.report import mean_and_spread
 
-STAGES = ["base", "X", "Y", "Z"]
-COLUMNS = ["X", "Y", "Z", "prior"]
+SKILLS = ["X", "Y", "Z"]
+COLUMNS = [*SKILLS, "prior"]
 
 
 def main(argv=None):
@@ -40,68 +38,55 @@ def main(argv=None):
 
 
 def read(folders):
-    """The results of runs that differ in nothing but the seed."""
-    runs = []
+    """{method: accuracies (runs, stages, COLUMNS), the base first} of runs that differ in the seed.
+
+    Raises ValueError if they differ in more.
+    """
+    runs, settings = {"sft": [], "sdft": []}, []
     for folder in folders:
         try:
-            runs.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
-            for arm in ("sft", "sdft"):
-                assert [row["after"] for row in runs[-1][arm]] == STAGES[1:]
+            result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            for method, of_method in runs.items():
+                stages = [result["base"], *result[method]]
+                assert len(stages) == 1 + len(SKILLS)
+                of_method.append([[row[c] for c in COLUMNS] for row in stages])
+            settings.append(result["config"])
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"{folder} holds no results.json of a finished toy run") from None
-    varying = ("seed", "out_dir", "base", "threads", "torch", "device")
-    settings = [{k: v for k, v in run["config"].items() if k not in varying} for run in runs]
-    for folder, other in zip(folders, settings):
-        if other != settings[0]:
+        for name in ("seed", "out_dir", "base", "threads", "torch", "device"):
+            settings[-1].pop(name, None)
+        if settings[-1] != settings[0]:
             raise ValueError(f"{folder} and {folders[0]} differ in more than the seed")
-    return runs
-
-
-def accuracies(runs, arm):
-    """Of every run after every stage, the base first: (runs, stages, COLUMNS)."""
-    rows = [[run["base"], *run[arm]] for run in runs]
-    return np.array([[[row[c] for c in COLUMNS] for row in stages] for stages in rows])
+    return {method: np.array(of_method) for method, of_method in runs.items()}
 
 
 def table(runs):
     """Lines of Markdown."""
-    sft, sdft = accuracies(runs, "sft"), accuracies(runs, "sdft")  # (runs, stages, COLUMNS)
-    base = sft[:, 0]  # (runs, COLUMNS)
     yield "| | base | SFT | SDFT | worst SFT | worst SDFT |"
     yield "|---" + "|---:" * 5 + "|"
-    for i, c in enumerate(COLUMNS[:3]):
-        own = [arm[:, i + 1, i] for arm in (sft, sdft)]
-        end = [arm[:, -1, i] for arm in (sft, sdft)]
-        best = np.maximum(*own)
-        # Undefined if nothing was learned.
-        gain = np.where(best > base[:, i], best - base[:, i], np.nan)
-        yield row(f"{c}, own", own, base[:, i])
+    base = runs["sft"][:, 0]  # (runs, COLUMNS)
+    for i, c in enumerate(COLUMNS):
+        end = [arm[:, -1, i] for arm in runs.values()]
+        if c in SKILLS:
+            own = [arm[:, i + 1, i] for arm in runs.values()]
+            yield row(f"{c}, own", own, base[:, i])
         yield row(f"{c} at the end", end, base[:, i])
-        yield row(f"{c} kept", [(values - base[:, i]) / gain for values in end])
-    yield row("prior at the end", [arm[:, -1, 3] for arm in (sft, sdft)], base[:, 3])
+        if c in SKILLS:
+            gain = np.maximum(*own) - base[:, i]
+            gain[gain <= 0] = np.nan  # nothing was learned
+            yield row(f"{c} kept", [(values - base[:, i]) / gain for values in end])
 
 
 def row(name, values, base=()):
-    cells = [mean_and_spread(base), *map(mean_and_spread, values)]
-    cells += [f"{v.min():.2f}" for v in values]
-    cells = [re.sub("nan( ± nan)?", "–", cell) for cell in cells]
+    cells = [*map(report.mean_and_spread, (base, *values)), *(f"{v.min():.2f}" for v in values)]
+    cells = ["–" if "nan" in cell else cell for cell in cells]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def figure(runs, plt):
     """Greedy accuracy after every stage: SFT on the left, SDFT on the right."""
-    drawn, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    colours = ("tab:blue", "tab:orange", "tab:green", "black")
-    for panel, arm in zip(panels, ("sft", "sdft")):
-        for values, c, colour in zip(accuracies(runs, arm).T, COLUMNS, colours):  # (stages, runs)
-            name, fmt = ("prior skills", "--o") if c == "prior" else (f"skill {c}", "-o")
-            report.line(panel, range(4), values, name, fmt, color=colour)
-        panel.set_xticks(range(4), ["base", "after X", "after Y", "after Z"])
-        panel.set(title=arm.upper(), ylim=(-0.03, 1.05))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy accuracy, unseen inputs")
-    panels[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-    return drawn
+    panels = {method.upper(): dict(zip(COLUMNS, values.T)) for method, values in runs.items()}
+    return report.panels_of_lines(plt, panels, ["base", *(f"after {c}" for c in SKILLS)])
 
 
 if __name__ == "__main__":

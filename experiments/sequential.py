@@ -1,10 +1,5 @@
 """Does one model collect skills? Each stage starts from where the last one ended.
 
-The paper (Fig. 3, read off; 0 is the base, 1 the best of both methods): SDFT keeps three skills at
-about .85 to .95; SFT loses each one when the next begins, and its first ends at about −.4. A
-follow-up found, after 20 writes, a model that is its own moving teacher worst, and the original
-model as a fixed teacher best (arXiv 2607.11020).
-
     python -m experiments.sequential --seeds 5
 
 sequential   X, Y and Z in turn. "X" to "prior" are after the last stage, "own" is the mean of every
@@ -12,6 +7,8 @@ sequential   X, Y and Z in turn. "X" to "prior" are after the last stage, "own" 
 many_stages  Eight skills, then five of which the base was rarely right, 60 updates each. "own" is
              the mean over the eight right after their stages, "8" and "end" after stages 8 and 13;
              "prior 4" to "prior 13" are the prior skills. "KL prior" is on their prompts
+
+README.md, "Three skills in turn" and "Many stages".
 """
 
 import numpy as np
@@ -39,14 +36,13 @@ def kl_prior(model, start, test):
 def measure(seed, settings=None):
     start = student = base(seed)
     test = {k: skill(k, "test", seed, n=100 if k in toy.PRIOR else 400) for k in toy.SKILLS}
-    metrics, own = {}, []
+    metrics = {}
     for name in toy.NEW if settings else []:
         student, _ = train_on_skill(student, seed, settings, name)
         after = accuracies(student, test)
         metrics |= {f"after {name}: {k}": value for k, value in after.items()}
-        own.append(after[name])
-    if own:
-        metrics["own"] = np.mean(own)
+    if settings:
+        metrics["own"] = np.mean([metrics[f"after {k}: {k}"] for k in toy.NEW])
     return metrics | accuracies(student, test) | {"KL prior": kl_prior(student, start, test)}
 
 
@@ -66,21 +62,14 @@ def derive(metrics):
 
 
 def figure(rows, plt):
-    shown = [row for row in rows if row["arm"] in ("sft", "sdft", "sft, own style")]
-    start = rows[0]["metrics"]
-    colours = dict(X="tab:blue", Y="tab:orange", Z="tab:green", prior="black")
-    drawn, panels = plt.subplots(1, len(shown), figsize=(12, 3.2), sharey=True)
-    for panel, row in zip(panels, shown):
-        for c, colour in colours.items():
-            after = [row["metrics"][f"after {k}: {c}"] for k in toy.NEW]
-            fmt = "--o" if c == "prior" else "-o"
-            report.line(panel, range(4), [start[c], *after], c, fmt, color=colour)
-        panel.set_xticks(range(4), ["base", *(f"after {k}" for k in toy.NEW)])
-        panel.set(title=row["arm"], ylim=(-0.03, 1.05))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("greedy accuracy")
-    report.grid_and_legend(panels[-1])
-    return drawn
+    base = rows[0]["metrics"]
+    after = lambda row, c: [base[c], *(row["metrics"][f"after {k}: {c}"] for k in toy.NEW)]
+    panels = {
+        row["arm"]: {c: after(row, c) for c in (*toy.NEW, "prior")}
+        for row in rows
+        if row["arm"] in ("sft", "sdft", "sft, own style")
+    }
+    return report.panels_of_lines(plt, panels, ["base", *(f"after {k}" for k in toy.NEW)])
 
 
 SEQUENTIAL = runner.Experiment(
@@ -120,14 +109,9 @@ def measure_many(seed, settings=None, original=False):
 
 
 def figure_of_many(rows, plt):
-    drawn, panel = plt.subplots(figsize=(6.5, 3.4))
     stages = [*range(1, len(HALF) + len(COLD) + 1)]
-    for row in rows[1:]:
-        values = [row["metrics"][f"prior {i}"] for i in stages]
-        report.line(panel, stages, values, row["arm"], markersize=3)
-    panel.set(xlabel="skills learned", ylabel="prior skills, greedy accuracy", ylim=(-0.03, 1.05))
-    report.grid_and_legend(panel)
-    return drawn
+    lines = {row["arm"]: [row["metrics"][f"prior {i}"] for i in stages] for row in rows[1:]}
+    return report.panels_of_lines(plt, {"prior skills": lines}, stages, "skills learned")
 
 
 SHORT = dict(steps=60)

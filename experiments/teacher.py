@@ -1,31 +1,27 @@
 """The teacher: is it good, is it close to the base, and which weights should it have?
 
-The paper (ToolAlpaca): the base is right 42%, the teacher 100%; KL to the base: SFT 1.26 nats,
-teacher 0.68. As its weights (tool use) a moving average of the student's (EMA) reaches about 70,
-the start's (frozen) about 65, and with the student's own (live) training diverges.
-
     python -m experiments.teacher --seeds 5
 
 teacher          skill X; KL(model ‖ base) on its prompts, in nats per response
 teacher_weights  α is the student's share in the teacher at every update: 0 frozen, 1 live. At
                  SDFT's rate, at the sweep's highest ("fast"), and with 30% of the demonstrations
-                 wrong ("noisy"), so that a moving teacher could gain. "teacher" is the final
-                 teacher's accuracy, "teacher, noisy" that with the training's demonstrations,
-                 "collapsed" the share of seeds that end below half of the base's accuracy on X
+                 wrong ("noisy"). "teacher" is the final teacher's accuracy, "teacher, noisy" that
+                 with the training's demonstrations, "collapsed" the share of seeds that end below
+                 half of the base's accuracy on X
+
+README.md, "The teacher" and "The teacher's weights".
 """
 
 from experiments import runner
-from experiments.common import base, kl, skill, skill_metrics, train, train_on_skill
+from experiments.common import accuracy, base, kl, skill, skill_metrics, train, train_on_skill
 from experiments.settings import METHODS, RATES, SDFT
 from experiments.worlds import spoil
-from train_toy import evaluate
 
 
 def measure(seed, settings=None, reads="prompts"):
     start, test = base(seed), skill("X", "test", seed)
     model, _ = train_on_skill(start, seed, settings)
-    accuracy = evaluate(model, {"X": test}, reads)[0]["X"]
-    return {"accuracy": accuracy, "KL": kl(model, start, test, reads)}
+    return {"accuracy": accuracy(model, test, reads), "KL": kl(model, start, test, reads)}
 
 
 NAMES = ("sft", "sft, own style", "sdft", "sdft, forward KL")
@@ -39,13 +35,13 @@ TEACHER = runner.Experiment(
 
 
 def measure_weights(seed, alpha, lr, share):
-    start, test = base(seed), {"X": skill("X", "test", seed)}
+    start, test = base(seed), skill("X", "test", seed)
     data = spoil(skill("X", "train", seed), "wrong", share, seed)
     student, teacher = train(start, data, seed, **SDFT | dict(alpha=alpha, lr=lr))
     metrics = skill_metrics(student, start, seed)
-    metrics["teacher"] = evaluate(teacher, test, "teacher_prompts")[0]["X"]
-    metrics["teacher, noisy"] = evaluate(teacher, {"X": data}, "teacher_prompts")[0]["X"]
-    metrics["collapsed"] = metrics["new"] < 0.5 * evaluate(start, test)[0]["X"]
+    metrics["teacher"] = accuracy(teacher, test, "teacher_prompts")
+    metrics["teacher, noisy"] = accuracy(teacher, data, "teacher_prompts")
+    metrics["collapsed"] = metrics["new"] < 0.5 * accuracy(start, test)
     return metrics
 
 

@@ -104,7 +104,7 @@ def test_page_has_every_row_of_the_students(run):
 
 
 def test_text_of_a_run_is_never_markup(run):
-    """Prompts, tokens, settings, warnings and the folder's name may hold HTML; nothing is loaded."""
+    """Prompts, tokens, settings, warnings and a folder's name may hold HTML; nothing is loaded."""
     text = written(run)[0]
     assert text.count("<script") == 2 and "<img" not in text and "a<b>" not in text
     assert text.count(html.escape(EVIL)) >= 4 and not re.search("<!-- [a-z]+ -->", text)
@@ -125,13 +125,11 @@ def test_answers_stand_side_by_side(run):
 
 
 def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm has been trained: the base's column stays empty, as without a step 0."""
+    """By then the arm has been trained: the base's column stays empty."""
     rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
-    rows += [row | {"prompt": "last"} for row in make_samples(steps=(5,))]
     files.append(tmp_path / "samples.jsonl", rows)
     cells = found(written(tmp_path)[0], "sides", "td")
-    assert "step 0" in cells[2]
-    assert cells[12:15:2] == ["later (prior)", "–"] and cells[24:27:2] == ["last (prior)", "–"]
+    assert "step 0" in cells[2] and cells[12:15:2] == ["later (prior)", "–"]
 
 
 def test_curves_follow_the_metrics(run):
@@ -181,23 +179,16 @@ def test_several_runs_are_overlaid(run, tmp_path):
     assert {*columns} <= {*found(text, "sides", "th")}
 
 
-def test_many_responses_are_thinned(tmp_path):
-    """Twelve of an arm stay, with its first and its last."""
-    files.append(tmp_path / "samples.jsonl", make_samples(steps=range(50)))
-    steps = [row["step"] for row in written(tmp_path)[1][0]["SFT"]]
-    assert len(steps) == 12 == len({*steps}) and steps[0] == 0 and steps[-1] == 49
-
-
-def test_page_of_a_run_that_goes_on_or_is_damaged(tmp_path, run):
+def test_page_of_a_run_that_goes_on_or_is_damaged(tmp_path):
     """No metrics.jsonl yet, a last line that is being written, half of results.json."""
     files.append(tmp_path / "samples.jsonl", make_samples())
     whole = (tmp_path / "samples.jsonl").read_bytes()
     (tmp_path / "samples.jsonl").write_bytes(whole[:-30])
     (tmp_path / "results.json").write_text('{"config": [1, ')
-    text, prompts = written(tmp_path, run)
+    text, prompts = written(tmp_path)
     assert "no metrics.jsonl yet" in text and "results.json is damaged" in text
     assert "samples.jsonl has damaged lines, which are left out: 1." in text
-    assert [len(prompts[1][f"{arm}, {tmp_path}"]) for arm in ("SFT", "SDFT")] == [3, 2]
+    assert [len(prompts[1][arm]) for arm in ("SFT", "SDFT")] == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +250,21 @@ def shown(token):
     return SHOWN.get(token["text"], token["text"]) + arrow
 
 
+def check_detail(browser, i, token):
+    """Its number, reward, divergence, and the probabilities of both roles."""
+    detail, cells = texts(browser, "#detail")[0], iter(texts(browser, "#detail td"))
+    assert detail.startswith(f"Token {i + 1} of {len(VOCAB)}")
+    found = re.search(
+        r"log π_T − log π_S, is (\S+) nats; .* diverge by (\S+) nats", detail
+    ).groups()
+    assert [*map(float, found)] == pytest.approx([token["reward"], token["divergence"]], 1e-3)
+    table = {text.removesuffix(" (said)"): p for text, *p in zip(cells, cells, cells)}
+    for column, role in enumerate(("student", "teacher")):
+        for _, text, p in [*token[f"{role}_top"], (0, token["text"], token[role])]:
+            percent = table[SHOWN.get(text, text)][column]
+            assert p < 1e-4 or float(percent.strip("%")) == pytest.approx(100 * p, 1e-3)
+
+
 def test_browser_shows_every_response(opened, run):
     """For every prompt, arm and step both prompts and the tokens, as text and in order."""
     for row in files.read(run / "samples.jsonl")[0]:
@@ -275,74 +281,10 @@ def test_browser_shows_every_response(opened, run):
             verdict = "✓ correct" if row["correct"] else "✗ wrong"
             said = f"X, step {row['step']}: {verdict}, expected {EVIL}"
             assert texts(opened, "#verdict") == [said]
+            # The detail opens with the token that is corrected most, and changes with the focus.
+            most = max(row["tokens"], key=lambda token: token["divergence"])
+            check_detail(opened, row["tokens"].index(most), most)
+            tokens = opened.find_elements("css selector", "#response .token")
+            opened.execute_script("arguments[0].focus()", tokens[2])
+            check_detail(opened, 2, row["tokens"][2])
     assert opened.execute_script("return window.ran === undefined && !document.images.length")
-
-
-def test_pointer_and_keys_change_the_detail(opened):
-    """It opens with the token that is most corrected, then shows that under pointer or focus."""
-    from selenium.webdriver import ActionChains, Keys
-
-    row = next(r for r in make_samples() if r["phase"] == "sdft" and r["kind"] == "new")
-    divergences = [token["divergence"] for token in row["tokens"]]
-    most = divergences.index(max(divergences))
-    assert texts(opened, "#detail b")[0].startswith(f"Token {most + 1} of {len(VOCAB)}")
-    tokens = opened.find_elements("css selector", "#response .token")
-    ActionChains(opened).move_to_element(tokens[0]).perform()
-    assert texts(opened, "#detail b")[0].startswith("Token 1 of")
-    tokens[1].send_keys(Keys.TAB)
-    token, detail = row["tokens"][2], texts(opened, "#detail")[0]
-    assert texts(opened, "#response [aria-current=true]") == [shown(token)]
-    said = shown(token).rstrip("▲▼")
-    assert detail.startswith(f"Token 3 of {len(VOCAB)}: “{said}”. ")
-    move = {"▲": "▲ The update raises", "▼": "▼ The update lowers"}
-    assert move.get(shown(token)[-1], "The update hardly") in detail
-    assert f"log π_T − log π_S, is {token['reward']:.4g} nats" in detail
-    assert f"diverge by {token['divergence']:.4g} nats" in detail
-    heat = re.search(r"--heat: (.*)%", tokens[2].get_attribute("style")).group(1)
-    assert float(heat) == pytest.approx(100 * min(token["divergence"] / 8, 1) ** 0.5, 1e-4)
-    cells = texts(opened, "#detail td")
-    table = {text.removesuffix(" (said)"): p for text, *p in zip(*[iter(cells)] * 3)}
-    for column, role in enumerate(("student", "teacher")):
-        for _, text, p in [*token[f"{role}_top"], (0, token["text"], token[role])]:
-            percent = f"{100 * p:.4g}%" if p >= 1e-4 else "<0.01%"
-            assert table[SHOWN.get(text, text)][column] == percent
-
-
-def test_arm_and_step_stay_with_another_prompt(opened):
-    """It opens with a new prompt and the last arm; a divergence has a scale of its own."""
-    assert texts(opened, "#student-prompt") == [EVIL]
-    assert texts(opened, "#scale .token")[-1] == "8"
-    assert not opened.find_element("id", "sft").is_displayed()
-    choose(opened, "arm", "SFT")
-    opened.find_elements("css selector", "#track button")[2].click()
-    choose(opened, "prompt", "0")
-    sft = [row for row in make_samples() if row["phase"] == "sft" and row["kind"] == "prior"]
-    assert texts(opened, "#response .token") == [shown(token) for token in sft[-1]["tokens"]]
-    assert texts(opened, "#track [aria-current=true]") == ["X, step 10"]
-    assert texts(opened, "#scale .token")[-1] == "0.6931"
-    assert opened.find_element("id", "sft").is_displayed()
-
-
-def test_page_fits_a_phone(opened):
-    """Nothing but tables scrolls sideways."""
-    size = dict(width=360, height=800, deviceScaleFactor=1, mobile=False)
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    wide = opened.execute_script("return document.documentElement.scrollWidth")
-    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert wide <= 360
-
-
-def test_pages_without_responses_and_of_several_runs(browser, run, tmp_path):
-    """No console error; without responses there is no update to look at."""
-    (tmp_path / "a").mkdir()
-    files.append(tmp_path / "a" / "metrics.jsonl", make_metrics())
-    written(tmp_path / "a")
-    written(other := make_run(tmp_path / "b", steps=(0,)), run, tmp_path / "a")
-    for folder, shown in ((tmp_path / "a", False), (other, True)):
-        browser.get((folder / "page.html").as_uri())
-        assert browser.get_log("browser") == []
-        assert browser.find_element("id", "update").is_displayed() == shown
-    choose(browser, "arm", f"SDFT, {run}")
-    browser.find_elements("css selector", "#track button")[2].click()
-    choose(browser, "arm", f"SDFT, {other}")  # which has fewer responses
-    assert texts(browser, "#track [aria-current=true]") == ["X, step 0"]

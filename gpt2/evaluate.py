@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import watch
 from data.scoring import contains, is_exact
 from gpt2.data import batches, decode, pad_right
 from sdft import completion_logits, rollout, token_divergence
 
+N_WATCHED = 24  # training rows
 COLUMNS = {  # of the tables: score -> heading and format
     "exact": ("new exact", "{:.2f}"),
     "lenient": ("lenient", "{:.2f}"),
@@ -87,9 +89,8 @@ def kl_sum(model, base, batch):
 def perplexity(model, texts, eos_id, batch_size):
     """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
     nll, count = 0.0, 0
-    # The last token of a text is predicted and not read, so that one more fits.
-    for prompts, completions in batches(texts, batch_size, model.config.block_size + 1):
-        tokens, mask = pad_right(completions, eos_id, device_of(model))
+    for prompts, completions in batches(texts, batch_size, model.config.block_size):
+        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
         log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
         nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()
         count += mask.sum().item()
@@ -100,86 +101,59 @@ def likeliest(model, questions, eos_id, batch_size):
     """For every (prompt, answer): is each token of the answer the likeliest one?"""
     right = []
     for prompts, answers in batches(questions, batch_size, model.config.block_size):
-        tokens, mask = pad_right(answers, eos_id, device_of(model))
+        tokens, mask = pad_right(answers, eos_id, next(model.parameters()).device)
         guesses = completion_logits(model, prompts, tokens).argmax(-1)  # (B, C)
         right += ((guesses == tokens) | ~mask).all(1).tolist()
     return right
 
 
-def device_of(model):
-    return next(model.parameters()).device
+# --- What data/watch.py looks at ------------------------------------------------------------------
+
+
+def rows_to_watch(sets, longest):
+    """The first training rows and prior questions of at most `longest` tokens for `watch.look`."""
+    rows = [row | {"kind": "new"} for row in sets["train"][:N_WATCHED]]
+    for row in sets["prior"]:
+        if "answer_ids" in row and len(row["prompt_ids"]) <= longest:
+            same = {"teacher_prompt": row["prompt"], "teacher_ids": row["prompt_ids"]}
+            rows.append(row | same | {"kind": "prior", "demonstration": ""})
+    rows = [row | {"student_ids": row["prompt_ids"], "expected": row["answer"]} for row in rows]
+    names = ("kind", "prompt", "teacher_prompt", "demonstration", "expected")
+    names += ("student_ids", "teacher_ids")
+    return [{name: row[name] for name in names} for row in rows[: N_WATCHED + watch.N_SAMPLES]]
 
 
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def in_tables(name):
-    return name in COLUMNS or name.startswith("old ")
-
-
-def show(scores, name):
-    return COLUMNS.get(name, ("", "{:.2f}"))[1].format(scores[name]) if name in scores else "-"
-
-
 def line_of(scores):
-    """All scores on one line of the log."""
-    columns = {name: heading for name, (heading, _) in COLUMNS.items()}
-    columns |= {name: name for name in scores if name.startswith("old ")}
-    return "  ".join(f"{heading} {show(scores, name)}" for name, heading in columns.items())
+    """Scores or metrics on one line of the log."""
+    return "  ".join(f"{name} {x:.4g}" for name, x in scores.items() if x is not None)
 
 
 def table(rows):
-    """Markdown of (label, scores) rows."""
-    headings = " | ".join(heading for heading, _ in COLUMNS.values())
-    lines = [f"| | {headings} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    """Markdown of (label, scores) rows, a column for each file of --old; a dash is no score."""
+    old = [name for _, scores in rows for name in scores if name.startswith("old ")]
+    columns = COLUMNS | {name: (name, "{:.2f}") for name in old}
+    lines = ["| | " + " | ".join(heading for heading, _ in columns.values()) + " |"]
+    lines.append("|---" + "|---:" * len(columns) + "|")
     for label, scores in rows:
-        lines.append(f"| {label} | " + " | ".join(show(scores, name) for name in COLUMNS) + " |")
+        text = {name: columns[name][1].format(scores[name]) for name in columns if name in scores}
+        lines.append(f"| {label} | " + " | ".join(text.get(name, "-") for name in columns) + " |")
     return "\n".join(lines)
 
 
 def report(folders):
-    """The table of finished runs, and the matrix of stages. Runs from one base share its row."""
-    rows, stages = [], []
-    unreadable = OSError, ArithmeticError, AttributeError, LookupError, ValueError, TypeError
+    """The table of finished runs. Runs from one base share its row."""
+    rows = []
     for folder in folders:
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            base, final = (
-                {name: float(score) for name, score in results[when].items() if in_tables(name)}
-                for when in ("base", "final")
-            )
-            config = results["config"]
-            label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
-            task = config.get("test") or config.get("data")
-            stages.append((config.get("init_from"), folder, task, base, final))
-        except (*unreadable, RecursionError):
-            raise ValueError(
-                f"there is no readable results.json in {folder}; --report takes the --out_dir of "
-                "finished runs"
-            ) from None
+            config, base, final = (results[name] for name in ("config", "base", "final"))
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ValueError(f"{folder} is not the --out_dir of a finished run") from None
+        label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))
-    old = [name for _, scores in rows for name in scores if name.startswith("old ")]
-    return table(rows) + ("\n\n" + matrix(stages) if old else "")
-
-
-def matrix(stages):
-    """What became of every task, in Markdown: a row per stage, the share answered right, leniently.
-
-    stages  (init_from, out_dir, the file of the run's own task, scores before, scores after)
-    """
-    rows, tasks = {}, {}
-    for start, folder, task, *scores in stages:
-        tasks[task] = None
-        for stage, score in zip((start, folder), scores):
-            known = {name[4:]: value for name, value in score.items() if name.startswith("old ")}
-            known |= {task: score["lenient"]} if "lenient" in score else {}
-            tasks |= dict.fromkeys(known)
-            rows.setdefault(str(Path(str(stage))), {}).update(known)
-    lines = ["| lenient, after | " + " | ".join(map(str, tasks)) + " |"]
-    lines.append("|---" + "|---:" * len(tasks) + "|")
-    for stage, known in rows.items():
-        cells = [f"{known[task]:.2f}" if task in known else "-" for task in tasks]
-        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return table(rows)

@@ -3,14 +3,14 @@
     here               textbook            what is different
     rollout            sdft.rollout        a random stream per row; inverse-CDF sampling
     RolloutGPT         model.GPT           matrices packed for oneDNN; a copy in bfloat16
-    lean               model.Block         computes again, in the backward pass, what is cheap
+    save_memory        model.Block         computes again, in the backward pass, what is cheap
     chunked_sdft_loss  sdft.sdft_loss      the logits of one chunk of tokens at a time
-    train_step         sdft.train_step     micro-batches, several processes, all of the above
+    distill_backward   sdft.distill_loss   micro-batches, and the backward pass
+    train_step         sdft.train_step     several processes, and all of the above
     sft_step           sdft.sft_loss       micro-batches, several processes, and the update
     keep_freed_memory                      memory that is freed is used again, not given back
 
 test_fast.py holds every pair equal: tokens, loss, gradients and the weights after a step.
-`python -m gpt2.bench --tricks` measures what they gain.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import sdft
 from gpt2 import lora
 from gpt2.data import batches, pad_right
-from model import GPT, Attention, Block, KVCache
+from model import GPT, Block
 from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
 
 CHUNK = 64  # tokens whose logits exist at a time
@@ -106,39 +106,11 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class RolloutKVCache(KVCache):
-    """Holds a bfloat16 model's keys in float32 on a CPU, where attention to bfloat16 ones is slow.
-
-    One layer's attention to 128 keys takes five times as long in bfloat16.
-    """
-
-    def __init__(self, model, batch_size, max_len):
-        super().__init__(model, batch_size, max_len)
-        if self.kv.dtype == torch.bfloat16 and self.kv.device.type == "cpu":
-            self.kv = self.kv.float()
-
-
-class RolloutAttention(Attention):
-    """Attention in the dtype of the cache, which need not be the model's."""
-
-    def forward(self, x, layer, mask, cache):
-        B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)  # (B, T, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H, S, D/H) each
-        causal = mask is None and T == k.size(2)
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=causal)
-        return self.c_proj(y.to(q.dtype).transpose(1, 2).reshape(B, T, D))  # (B, T, D)
-
-
 class RolloutGPT(GPT):
     """A GPT that only decodes, with the weights of another: `RolloutGPT.of(model, dtype)`."""
 
     def __init__(self, config):
         super().__init__(config)
-        for block in self.h:
-            block.attn = RolloutAttention(config)
         self.packed_head = None
 
     @classmethod
@@ -160,6 +132,10 @@ class RolloutGPT(GPT):
         del weights  # A copy's matrices are then free as soon as they are packed.
         if PackedLinear.can_hold(rollout_model.wte.weight):
             rollout_model.pack()
+        if rollout_model.attends_in_float32():
+            for block in rollout_model.h:
+                block.attn.c_attn.register_forward_hook(lambda layer, x, qkv: qkv.float())
+                block.attn.c_proj.register_forward_pre_hook(lambda layer, x: x[0].bfloat16())
         return rollout_model
 
     def pack(self):
@@ -170,11 +146,18 @@ class RolloutGPT(GPT):
         if not hasattr(self, "lora"):  # Beside adapters it would set the peak of an update.
             self.packed_head = PackedLinear(self.wte.weight)
 
+    def attends_in_float32(self):
+        """In bfloat16 a CPU's attention of one layer to 128 keys takes five times as long."""
+        return self.wte.weight.dtype == torch.bfloat16 and self.wte.weight.device.type == "cpu"
+
     def lm_head(self, hidden):
         return super().lm_head(hidden) if self.packed_head is None else self.packed_head(hidden)
 
     def kv_cache(self, batch_size, max_len):
-        return RolloutKVCache(self, batch_size, max_len)
+        cache = super().kv_cache(batch_size, max_len)
+        if self.attends_in_float32():
+            cache.kv = cache.kv.float()
+        return cache
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -184,7 +167,7 @@ def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
 
     Otherwise glibc gives large blocks back to the system, which maps and clears every page of them
-    again for the next update. `gpt2.bench --tricks` shows what that costs on a machine.
+    again for the next update. `gpt2.bench --peers` shows what that costs TRL on a machine.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -195,18 +178,18 @@ def keep_freed_memory():
     mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def lean(model):
+def save_memory(model):
     """Change a GPT in place so that it trains in less memory: same weights, outputs, gradients.
 
-    The embedding's gradient is sparse; `train_step` adds it to the output layer's dense one.
+    The embedding's gradient is sparse; `distill_backward` adds the output layer's dense one.
     """
     for block in model.h:
-        block.__class__ = LeanBlock
+        block.__class__ = RecomputingBlock
     model.wte.sparse = model.wte.weight.device.type != "mps"  # which lacks sparse tensors
     return model
 
 
-class LeanBlock(Block):
+class RecomputingBlock(Block):
     """Keeps 12 of 17 values per token and unit of width for the backward pass.
 
     LayerNorm and GELU of the MLP are computed again there, and an adapter's two small products; no
@@ -215,15 +198,10 @@ class LeanBlock(Block):
 
     def forward(self, x, layer, mask, cache):
         x = x + self.attn(self.ln_1(x), layer, mask, cache)
-        hidden = recomputed(lambda x: self.mlp.c_fc(self.ln_2(x)), x)  # (B, T, 4D)
-        return x + recomputed(lambda h: self.mlp.c_proj(F.gelu(h, approximate="tanh")), hidden)
-
-
-def recomputed(function, x):
-    """function(x), of which the backward pass keeps x only and computes again what it needs."""
-    if not torch.is_grad_enabled():
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        hidden = checkpoint(lambda x: self.mlp.c_fc(self.ln_2(x)), x, **options)  # (B, T, 4D)
+        gelu = lambda hidden: F.gelu(hidden, approximate="tanh")
+        return x + checkpoint(lambda hidden: self.mlp.c_proj(gelu(hidden)), hidden, **options)
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -236,85 +214,75 @@ def completion_hidden(model, prompts, completions):
     return model.hidden(tokens, n_pad)[:, -completions.size(1) :]
 
 
+@torch.no_grad()
 def chunked_sdft_loss(
-    student_hidden,
-    student_head,
-    teacher_hidden,
-    teacher_head,
-    mask,
-    divergence="reverse",
-    chunk=CHUNK,
+    hidden, head, teacher_hidden, teacher_head, mask, divergence="reverse", chunk=CHUNK
 ):
-    """`sdft.sdft_loss` of the logits hidden @ head.T, of which `chunk` tokens exist at a time.
+    """`sdft.sdft_loss` and its gradients, with the logits of `chunk` tokens at a time.
 
-    student_hidden  (B, C, D)   final hidden states, with a gradient
-    student_head    (V, D)      weight of the output layer, with a gradient
-    teacher_hidden  (B, C, D')  the teacher's hidden states and
-    teacher_head    (V, D')     output layer, never with a gradient
+    hidden, teacher_hidden  (B, C, D), (B, C, D')  final hidden states of both roles
+    head, teacher_head      (V, D), (V, D')        weights of their output layers
+    mask                    (B, C)                 bool
 
-    With V = 50,257 the logits of 2,048 tokens take 0.4 GB, and the divergence needs several tensors
-    of that size at once.
+    Returns the loss, the divergences (B, C) and the loss's gradients with respect to `hidden` and
+    to `head`, None if that is frozen. With V = 50,257 the logits of 2,048 tokens take 0.4 GB, and
+    the divergence needs several tensors of that size at once. The gradients are taken here, while
+    the logits of a chunk exist.
     """
-    if not student_hidden.shape[:-1] == teacher_hidden.shape[:-1] == mask.shape or chunk < 1:
-        raise ValueError(
-            f"hidden states {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)} must "
-            f"be (B, C, D), mask {tuple(mask.shape)} (B, C), and chunk={chunk} at least 1"
+    weight = (mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask))[mask]  # (N,), N tokens
+    divergences, grad_states = torch.zeros_like(weight), torch.zeros_like(hidden[mask])
+    grad_head = torch.zeros_like(head) if head.requires_grad else None
+    operands = hidden[mask], head, teacher_hidden[mask], teacher_head
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # It would cast both output layers for every chunk.
+        operands = [w.to(torch.get_autocast_dtype(device)) for w in operands]
+    states, head, teacher_states, teacher_head = operands
+    for start in range(0, len(states), chunk):
+        rows = slice(start, start + chunk)
+        logits = F.linear(states[rows], head)  # (n, V)
+        teacher_logits = F.linear(teacher_states[rows], teacher_head)  # (n, V)
+        with torch.enable_grad():
+            part = token_divergence(logits.requires_grad_(), teacher_logits, divergence)  # (n,)
+            (grad,) = torch.autograd.grad((part * weight[rows]).sum(), logits)  # (n, V)
+        divergences[rows] = part.detach()
+        grad_states[rows] = grad @ head
+        if grad_head is not None:  # In place, without a second (V, D); in bfloat16 a sum is lossy.
+            grad_head.addmm_(grad.t().to(grad_head.dtype), states[rows].to(grad_head.dtype))
+    loss = (divergences * weight).sum()
+    grad_hidden = torch.zeros_like(hidden).masked_scatter(mask[:, :, None], grad_states)
+    return loss, mask.float().masked_scatter(mask, divergences), grad_hidden, grad_head
+
+
+def distill_backward(
+    student, teacher, prompts, teacher_prompts, completions, mask, divergence, micro_batch=None
+):
+    """`sdft.distill_loss` and its backward pass: the loss (float) and the divergences (B, C).
+
+    A pass takes `micro_batch` rows, all if that is None, and the gradients accumulate.
+    """
+    head, head_grad = student.wte.weight, None  # (V, D), the embedding and the output layer
+    total, parts, B = 0.0, [], len(prompts)
+    for start in range(0, B, micro_batch or B):
+        rows = slice(start, start + (micro_batch or B))
+        with torch.no_grad():  # First, while there are no activations of the student beside it.
+            teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
+        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
+        loss, divergences, grad_hidden, grad_head = chunked_sdft_loss(
+            hidden, head, teacher_hidden, teacher.wte.weight, mask[rows], divergence
         )
-    mask = mask.bool()
-    weight = mask.to(torch.promote_types(student_hidden.dtype, torch.float32))  # (B, C)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1) / mask.size(0)  # mean over rows
-    loss, per_token = ChunkedLoss.apply(
-        student_hidden[mask],
-        student_head,
-        teacher_hidden[mask].detach(),
-        teacher_head.detach(),
-        weight[mask],
-        divergence,
-        chunk,
-    )
-    return loss, {"divergence": torch.zeros_like(weight).masked_scatter(mask, per_token)}
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Σ_n weight[n] divergence[n] over N tokens, and the divergences (N,).
-
-    The gradients are taken in the forward pass, chunk by chunk, while the logits exist.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, weight, divergence, chunk):
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None  # (N, D)
-        # A sum over chunks loses too much in bfloat16.
-        grad_head = torch.zeros_like(head, dtype=weight.dtype) if ctx.needs_input_grad[1] else None
-        per_token = torch.zeros_like(weight)  # (N,)
-        # Under autocast every chunk would cast the output layers again.
-        device, head_dtype = hidden.device.type, head.dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        operands = hidden, head, teacher_hidden, teacher_head
-        hidden, head, teacher_hidden, teacher_head = (w.to(dtype or w.dtype) for w in operands)
-        for start in range(0, max(len(hidden), 1), chunk):  # Without tokens: one empty chunk.
-            rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], head)  # (n, V)
-            teacher_logits = F.linear(teacher_hidden[rows], teacher_head)  # (n, V)
-            with torch.enable_grad():
-                part = token_divergence(logits.requires_grad_(), teacher_logits, divergence)  # (n,)
-                (grad,) = torch.autograd.grad((part * weight[rows]).sum(), logits)  # (n, V)
-            per_token[rows] = part.detach()
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ head
-            if grad_head is not None:  # in place: no second (V, D)
-                grad_head.addmm_(grad.t().to(weight.dtype), hidden[rows].to(weight.dtype))
-        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head_dtype)
-        ctx.mark_non_differentiable(per_token)
-        return (per_token * weight).sum(), per_token
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        # Forget the (V, D) here; the loss may be kept for longer.
-        (grad_hidden, grad_head), ctx.grads = ctx.grads, None
-        scaled = [None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_head)]
-        return *scaled, None, None, None, None, None
+        share = torch.tensor(1 / B) * len(hidden)
+        hidden.backward(grad_hidden * share)
+        if head.requires_grad:
+            grad_head *= share
+            head_grad = grad_head if head_grad is None else head_grad.add_(grad_head)
+        total += (loss * len(hidden) / B).item()
+        parts.append(divergences)
+    if head.requires_grad:
+        # After `save_memory` the embedding's gradient has only the rows that were read. So far a
+        # single dense (V, D) gradient was there.
+        read = head.grad.coalesce() if head.grad.is_sparse else head.grad
+        head.grad = head_grad.add_(read)
+    return total, torch.cat(parts)
 
 
 # --- Steps ----------------------------------------------------------------------------------------
@@ -326,10 +294,9 @@ def average_gradients(model):
     Each process has the mean over its equal share of the rows, so this is the whole minibatch's.
     """
     if dist.is_available() and dist.is_initialized():
-        for p in model.parameters():
-            if p.requires_grad:
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+        for p in lora.trained(model).values():
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
 
 
 def train_step(
@@ -349,7 +316,6 @@ def train_step(
     grad_clip=1.0,
     skip_tokens=0,
     micro_batch=None,
-    chunk=CHUNK,
 ):
     """`sdft.train_step` on this process's rows of the minibatch.
 
@@ -365,32 +331,17 @@ def train_step(
         del rollout_model  # The memory of a copy is free for the activations.
     loss_mask = mask.clone()
     loss_mask[:, :skip_tokens] = False
-    # The tied output layer is a leaf of its own. The embedding's gradient, sparse in a lean model,
-    # is added at the end, so that a single pass holds only one dense (V, D) gradient.
-    tied = student.wte.weight
-    head = tied.detach().requires_grad_(tied.requires_grad)  # (V, D)
-    total, parts, B = 0.0, [], len(prompts)
-    for start in range(0, B, micro_batch or B):
-        rows = slice(start, start + (micro_batch or B))
-        with torch.no_grad():  # First, while there are no activations of the student beside it.
-            teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
-        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
-        sides = hidden, head, teacher_hidden, teacher.wte.weight
-        loss, info = chunked_sdft_loss(*sides, loss_mask[rows], divergence, chunk)
-        loss = loss * len(prompts[rows]) / B
-        loss.backward()
-        total += loss.item()
-        parts.append(info["divergence"])
-    if tied.requires_grad:
-        own = tied.grad.coalesce() if tied.grad.is_sparse else tied.grad
-        tied.grad = head.grad.add_(own)
+    contexts = prompts, teacher_prompts
+    loss, divergences = distill_backward(
+        student, teacher, *contexts, completions, loss_mask, divergence, micro_batch
+    )
     average_gradients(student)
-    clip_and_step(student, optimizer, total, grad_clip)
-    if alpha:  # A frozen teacher is not written to, since it may be the base.
-        own = [nn.ParameterList(lora.trained(m).values()) for m in (teacher, student)]
-        ema_update(*own, alpha)
-    info = {"divergence": torch.cat(parts), "completions": completions}
-    return total, info | {"mask": mask, "loss_mask": loss_mask}
+    clip_and_step(student, optimizer, loss, grad_clip)
+    # Without the frozen weights, which adapters of both roles share.
+    moving = [nn.ParameterList(lora.trained(model).values()) for model in (teacher, student)]
+    ema_update(*moving, alpha)
+    info = {"divergence": divergences, "completions": completions}
+    return loss, info | {"mask": mask, "loss_mask": loss_mask}
 
 
 def sft_step(student, optimizer, prompts, demonstrations, eos_id, grad_clip=1.0, micro_batch=None):

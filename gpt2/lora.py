@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = (nn.Parameter(w.to(linear.weight.device)) for w in (A, B))
 
     def forward(self, x):
-        # The frozen product is last: `fast.recomputed` then need not repeat it.
+        # The frozen product is last: `fast.RecomputingBlock` then need not repeat it.
         return (self.scale * (x @ self.lora_A.t())) @ self.lora_B.t() + self.linear(x)
 
     @torch.no_grad()

@@ -2,14 +2,13 @@
 
 import json
 import math
-import random
 
 import pytest
 import torch
 import torch.nn as nn
 
 from gpt2 import evaluate
-from gpt2.conftest import BYTES, error_of, small_gpt
+from gpt2.conftest import BYTES, error_of
 from model import GPTConfig
 
 EOS = BYTES.eot_token
@@ -60,7 +59,7 @@ def scores(model, base=None, max_new_tokens=8, batch_size=2, **sets):
 
 
 def test_matches_lengths_and_their_sets():
-    """Exact and lenient of "test", lenient of "ood"; a swapped set would give other shares."""
+    """Exact and lenient of "test", lenient of the others; an empty set has no score."""
     # "1" is answered "ab.", "2" "c d", "3" by nothing, "4" without an end.
     model = Table([*chain("1ab.", "2c d"), (ord("3"), EOS), *zip(b"4x", b"xx")])
     test = [row("Q1", "AB"), row("Q2", "c d"), row("2", "d"), row("3", "y"), row("4", "x")]
@@ -69,15 +68,8 @@ def test_matches_lengths_and_their_sets():
     assert out["exact"] == pytest.approx(2 / 5) and out["lenient"] == pytest.approx(3 / 5)
     assert out["length"] == pytest.approx((4 + 4 + 4 + 1 + 8) / 5)  # with the end token
     assert out["ood"] == pytest.approx(2 / 4) and out["kl_to_base"] == 0
-
-
-def test_decoding_is_greedy():
-    """Always the likelier of two tokens, .51 to .49."""
-    model = Table([])
-    with torch.no_grad():
-        for a in b"1b":
-            model.log_probs[a, list(b"bc")] = torch.tensor([0.51, 0.49]).log()
-    assert scores(model, test=[row("1", "bbbbbbbb")])["exact"] == 1
+    old = {"old a.jsonl": ood, "old b.jsonl": ood[:1], "old c.jsonl": []}
+    assert scores(model, **old) == {"old a.jsonl": 0.5, "old b.jsonl": 1.0}
 
 
 def test_the_base_is_also_asked_as_teacher():
@@ -112,71 +104,42 @@ def test_perplexity_is_exp_of_nats_per_token():
     assert scores(model, prior=prior)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
 
 
-def test_a_text_may_fill_the_block_exactly():
-    """Its last token is only predicted."""
-    prior = [{"text_ids": [7] * 320}]
-    out = evaluate.evaluate(small_gpt(), dict(train=[], test=[], ood=[], prior=prior), BYTES, 8, 2)
-    assert out["prior_ppl"] > 1
-
-
 def test_every_token_of_an_answer_must_be_likeliest():
     """One right token is not enough, and padding does not count against a short answer."""
     model = Table(chain("1abc"))
     answers = {"abc": 1, "ab": 1, "axc": 0, "xbc": 0, "abx": 0}
-    for answer, right in answers.items():
-        question = dict(prompt_ids=[ord("1")], answer_ids=list(answer.encode()))
-        assert scores(model, prior=[question])["prior_acc"] == right
     questions = [dict(prompt_ids=[ord("1")], answer_ids=list(a.encode())) for a in answers]
+    for question, right in zip(questions, answers.values()):
+        assert scores(model, prior=[question])["prior_acc"] == right
     assert scores(model, prior=questions, batch_size=5)["prior_acc"] == pytest.approx(2 / 5)
 
 
-def write_results(folder, **changes):
-    folder.mkdir(exist_ok=True)
-    results = {"config": dict(method="sft", steps=4, lr=0.001), "base": {"exact": 0.25}}
-    results |= {"final": {"exact": 0.75, "prior_ppl": 3.0}} | changes
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
-
-
 def test_report_shows_runs_beside_their_base(tmp_path):
-    """Two runs from one base share its row."""
-    a, b = write_results(tmp_path / "a"), write_results(tmp_path / "b")
-    c = write_results(tmp_path / "c", base={"exact": 0.5})
-    out = evaluate.report([a, b, c])
-    assert out.count("| base of") == 2 and out.count("sft, 4 steps, lr 0.001 | 0.75 |") == 3
-    assert "| 0.25 | - | - |" in out and "| 3.00 |" in out
+    """Two runs from one base share its row; what a run has not measured is a dash."""
+    for name, base in (("a", {"exact": 0.25}), ("b", {"exact": 0.25}), ("c", {"old A": 0.9})):
+        (tmp_path / name).mkdir()
+        results = {"config": dict(method="sft", steps=4, lr=0.001), "base": base}
+        results |= {"final": {"exact": 0.75, "prior_ppl": 3.0}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    head, _, *rows = evaluate.report([tmp_path / name for name in "abc"]).splitlines()
+    assert head.startswith("| | new exact | lenient |") and head.endswith("| length | old A |")
+    label = "sft, 4 steps, lr 0.001 | 0.75 | - | - | 3.00 | - | - | - | - |"
+    assert rows == [
+        f"| base of {tmp_path}/a | 0.25 | - | - | - | - | - | - | - |",
+        *(f"| {tmp_path}/{name}: {label}" for name in "ab"),
+        f"| base of {tmp_path}/c | - | - | - | - | - | - | - | 0.90 |",
+        f"| {tmp_path}/c: {label}",
+    ]
+    none = tmp_path / "none"
+    assert f"{none} is not the --out_dir of a finished run" in error_of("--report", none)
 
 
-def test_old_tasks_are_scored_by_their_files():
-    """Each with its own rows, leniently; an empty set has no score."""
-    model = Table(chain("1ab", "2cd"))
-    old = {"old a.jsonl": [row("1", "ab"), row("2", "x")], "old b.jsonl": [row("2", "cd")]}
-    out = scores(model, **old)
-    assert (out["old a.jsonl"], out["old b.jsonl"]) == (0.5, 1.0)
-    assert "old a.jsonl 0.50  old b.jsonl 1.00" in evaluate.line_of(out)
-
-
-def test_the_matrix_shows_what_became_of_a_stage(tmp_path):
-    """Of a second stage the scores before are those after the first; unknown cells are dashes."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    config = dict(method="sdft", steps=4, lr=0.1, data="A", test=None)
-    first = dict(config=config | {"init_from": "gpt2"}, base={"lenient": 0.1})
-    write_results(a, **first, final={"lenient": 0.9, "exact": 0.8})
-    second = config | dict(data="B", test="T", init_from=f"{a}/", old=["A"])
-    before, after = {"lenient": 0.2, "old A": 0.9}, {"lenient": 0.7, "old A": 0.6}
-    write_results(b, config=second, base=before, final=after)
-    rows = evaluate.report([a, b]).split("\n\n")[1].splitlines()
-    assert rows[0] == "| lenient, after | A | T |" and rows[2] == "| gpt2 | 0.10 | - |"
-    assert rows[3:] == [f"| {a} | 0.90 | 0.20 |", f"| {b} | 0.60 | 0.70 |"]
-    assert "lenient, after" not in evaluate.report([a])  # a run alone has no stages
-
-
-def test_a_report_of_damaged_results_names_the_folder(tmp_path):
-    """Cut off anywhere, or JSON of another kind."""
-    folder, r = write_results(tmp_path / "a"), random.Random(3)
-    good = (folder / "results.json").read_bytes()
-    odd = [b"[]", b"7", b'{"base": 1, "final": 2, "config": 3}', good.replace(b"0.75", b'"all"')]
-    odd += [b"[" * 10**5, good.replace(b"0.75", b"1" * 400), good.replace(b"0.001", b"1" * 400)]
-    for content in [good[: r.randint(0, len(good) - 3)] for _ in range(20)] + odd:
-        (folder / "results.json").write_bytes(content)
-        assert str(folder) in error_of("--report", folder)
+def test_what_is_watched():
+    """The first 24 training rows, then prior questions with room for a response; 27 in all."""
+    new = [row(f"p{i}", "a") | {"teacher_prompt": "t", "demonstration": "d"} for i in range(30)]
+    prior = [row("x" * n, "b") | {"answer_ids": [1]} for n in (3, 4, 5, 4, 4, 4)]
+    rows = evaluate.rows_to_watch({"train": new, "prior": [{"text_ids": [1]}, *prior]}, longest=4)
+    assert [r["prompt"] for r in rows] == [*(f"p{i}" for i in range(24)), "xxx", "xxxx", "xxxx"]
+    texts = dict(kind="prior", prompt="xxx", teacher_prompt="xxx", demonstration="", expected="b")
+    assert rows[24] == texts | dict(student_ids=[*b"xxx"], teacher_ids=[*b"xxx"])
+    assert (rows[5]["teacher_prompt"], rows[5]["demonstration"]) == ("t", "d")

@@ -2,13 +2,7 @@
 
     python -m gpt2.train --init_from gpt2 --data data/facts.jsonl --eval data/prior.jsonl \\
         --divergence forward --teacher frozen --teacher_reads article --out_dir out/facts
-    python -m gpt2.train --method sft --init_from gpt2 --data data/facts.jsonl \\
-        --eval data/prior.jsonl --out_dir out/sft
     python -m gpt2.train --report out/facts out/sft           # finished runs side by side
-    python -m gpt2.train --init_from out/facts --base gpt2 --data data/units.jsonl \\
-        --old data/facts.jsonl --out_dir out/units            # a second task, after the first
-    python -m gpt2.train --init_from gpt2 --data data/facts.jsonl --lora_rank 16 --lr 1e-4 \\
-        --out_dir out/lora                                    # adapters in place of all weights
     python -m gpt2.train --resume --out_dir out/facts         # go on after an interruption
     torchrun --nproc_per_node=2 -m gpt2.train ...             # several processes, the same update
 
@@ -18,54 +12,291 @@ Every random number follows from --seed, the step and the row's place in the min
 run repeats the uninterrupted one, and micro-batches or processes do not change what is sampled.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports just ends it
-
+import argparse
 import contextlib
 import datetime
-import json
+import math
 import os
+import shlex
+import signal
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import tiktoken
 import torch
 import torch.distributed as dist
 
-from gpt2 import checkpoint, evaluate, fast, lora, settings
-from gpt2.data import minibatch
-from gpt2.run import check_folder, held, prepare
-
-LOG_LINE = {
-    "sdft": "loss {loss:.4f}  divergence {divergence:.4f}  length {length:5.1f}  "
-    "truncated {truncated:4.0%}  {tokens_per_s:6.0f} tok/s  {left:4.0f} s left",
-    "sft": "loss {loss:.4f}  length {length:5.1f}  {tokens_per_s:6.0f} tok/s  {left:4.0f} s left",
-}
+from data import files, watch
+from data.scoring import contains
+from gpt2 import checkpoint, evaluate, fast, lora
+from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch, read_template, to_bytes
+from model import GPT
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
+
+
+def number(kind, low, high=2**31):
+    """For argparse: an int or a float in a range."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:  # NaN fails too
+            raise argparse.ArgumentTypeError(f"must lie between {low} and {high}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def parse_args(argv=None):
+    """The settings of a run."""
+    positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
+    scale, dtypes = number(float, 1e-6, 1e6), ("auto", "float32", "bfloat16")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    # What is read and written.
+    p.add_argument("--init_from", default="gpt2", help="gpt2 to gpt2-xl, or a folder of a GPT-2")
+    p.add_argument("--base", help="the model that the KL is measured to; without it --init_from")
+    p.add_argument("--data", help="JSONL to learn from: prompt, demonstration, article, answer")
+    p.add_argument("--test", help="JSONL of prompt and answer to score; without it rows of --data")
+    p.add_argument("--ood", help="JSONL of prompt and answer that asks for the same in other words")
+    p.add_argument("--eval", help="JSONL of prior abilities: text, or prompt and answer")
+    p.add_argument("--old", nargs="+", metavar="FILE", help="JSONL like --test, of earlier tasks")
+    p.add_argument("--skip_long", action="store_true", help="drop and count rows that do not fit")
+    p.add_argument("--out_dir", help="folder for everything that is written")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
+    p.add_argument("--report", nargs="+", metavar="RUN", help="print a table of finished runs")
+    p.add_argument(
+        "--keep", choices=("last", "best"), default="last", help="also what scored best, in best/"
+    )
+    # The method.
+    p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="or SFT to compare")
+    divergences, teachers = ("reverse", "forward", "jsd"), ("ema", "frozen", "live")
+    p.add_argument("--divergence", choices=divergences, default="reverse", help="reverse: Eq. (1)")
+    p.add_argument("--teacher", choices=teachers, default="ema", help="EMA, start or the student")
+    p.add_argument("--ema_alpha", type=share, default=0.02, help="the student's share in the EMA")
+    reads = p.add_mutually_exclusive_group()
+    reads.add_argument(
+        "--teacher_reads", choices=tuple(TEMPLATES), default="both", help="beside the prompt"
+    )
+    reads.add_argument(
+        "--teacher_template", metavar="FILE", help="text of {prompt}, {demonstration}, {article}"
+    )
+    p.add_argument("--skip_tokens", type=natural, default=0, help="first tokens without loss")
+    p.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="of sampling")
+    p.add_argument("--max_new_tokens", type=positive, default=64, help="a response's most tokens")
+    # The updates.
+    p.add_argument("--steps", type=positive, default=100, help="updates")
+    p.add_argument("--batch_size", type=number(int, 1, 2**16), default=8, help="rows per update")
+    p.add_argument("--micro_batch", type=positive, help="rows per pass; saves memory")
+    p.add_argument("--lr", type=share, default=1e-5, help="peak learning rate")
+    p.add_argument("--warmup", type=natural, default=10, help="updates; then a cosine to 0")
+    p.add_argument("--weight_decay", type=share, default=0.0, help="of AdamW")
+    p.add_argument("--grad_clip", type=scale, default=1.0, help="largest gradient norm")
+    p.add_argument("--lora_rank", type=number(int, 1, 2**16), help="of adapters, trained alone")
+    p.add_argument("--lora_alpha", type=scale, default=16.0, help="adapters times alpha/rank")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws")
+    # The machine and the log.
+    p.add_argument("--device", help="cpu, cuda or mps; without it the best available")
+    p.add_argument("--dtype", choices=dtypes, default="auto", help="of the arithmetic")
+    p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="of what samples")
+    p.add_argument("--log_every", type=positive, default=10, help="updates between log lines")
+    p.add_argument("--eval_every", type=positive, default=50, help="updates between evaluations")
+    p.add_argument("--save_every", type=positive, default=50, help="updates between checkpoints")
+    args = p.parse_args(argv)
+    if 0 < args.temperature < 0.01:
+        p.error("--temperature must be 0 (greedy) or at least 0.01")
+    if args.skip_tokens >= args.max_new_tokens:
+        p.error("--skip_tokens must be below --max_new_tokens, or no token has a loss")
+    if not (args.report or args.out_dir):
+        p.error("--out_dir is missing: name a folder for what the run writes")
+    return args
+
+
+# --- Device, dtypes, optimizer --------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The named device or the best available; of several GPUs, that of this process."""
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else mps))
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device).item()
+        return device
+    except Exception:  # each backend has its own
+        raise ValueError(f"--device {name} is not available; use another, or cpu") from None
+
+
+def compute_dtype(name, device):
+    half = name == "bfloat16"
+    if name == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if half else torch.float32
+
+
+def rollout_dtype(args, device):
+    return compute_dtype(args.dtype if args.rollout_dtype == "auto" else args.rollout_dtype, device)
+
+
+def autocast(args, device):
+    half = compute_dtype(args.dtype, device) == torch.bfloat16
+    # No cache of cast weights: a cast made under no_grad must not serve a pass with gradients.
+    return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+
+
+def make_optimizer(student, args):
+    weights = lora.trained(student).values()
+    # fused: one pass over the weights, several times as fast on a CPU.
+    return torch.optim.AdamW(weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, times a cosine that ends at 0."""
+    warm_up = min(1.0, (step + 1) / max(args.warmup, 1))
+    return args.lr * warm_up * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+# --- What a run consists of -----------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the loop reads and changes."""
+
+    args: argparse.Namespace
+    device: torch.device
+    enc: tiktoken.Encoding
+    sets: dict  # "train", "test", "ood", "prior", "old FILE" ...: rows of gpt2/data.py
+    start: GPT | None  # of --init_from, if training needs it at every step
+    student: GPT
+    teacher: GPT | None  # None for SFT
+    optimizer: torch.optim.Optimizer
+    argv: list = field(default_factory=list)  # its command line, which a checkpoint keeps
+    step: int = 0
+    base_scores: dict | None = None  # None until they are measured
+    looks: list = field(default_factory=list)  # rows of metrics.jsonl, of the evaluations so far
+
+
+def prepare(args, saved, device):
+    """Read and check all that a run needs, from the start or from the checkpoint `saved`."""
+    student = fast.save_memory(checkpoint.load_model(args.init_from).to(device))
+    enc, c = load_encoding(checkpoint.source_folder(args.init_from)), student.config
+    if enc.n_vocab > c.vocab_size:
+        raise ValueError(
+            f"--init_from {args.init_from} has a vocabulary of {c.vocab_size} tokens, the encoding "
+            f"{enc.n_vocab}; put the model's vocab.json and merges.txt into its folder"
+        )
+    base = checkpoint.load_model(args.base).config if args.base else c
+    if (base.vocab_size, base.block_size) != (c.vocab_size, c.block_size):
+        raise ValueError("--base must have the vocab_size and n_positions of --init_from")
+    sets = read_sets(args, enc, c.block_size)
+    if args.keep == "best" and not sets["test"]:
+        raise ValueError("--keep best needs a score: name --test, or add answers to --data")
+
+    start = teacher = None
+    if args.lora_rank:
+        start = student.requires_grad_(False)
+        torch.manual_seed(args.seed)  # of the adapters
+        student = lora.add_adapters(lora.share(start), args.lora_rank, args.lora_alpha)
+    if args.method == "sdft" and args.teacher == "frozen":
+        start = teacher = start or lora.share(student).requires_grad_(False)
+    elif args.method == "sdft":
+        teacher = lora.share(student).requires_grad_(False)
+    optimizer = make_optimizer(student, args)
+    run = Run(args, device, enc, sets, start, student, teacher, optimizer)
+    if saved:
+        restore(run, saved)
+    return run
+
+
+def read_sets(args, enc, block_size):
+    template = TEMPLATES[args.teacher_reads]
+    if args.teacher_template:
+        template = read_template(args.teacher_template)
+    imitates = args.method == "sft"
+    reader = RowReader(enc, block_size, args.max_new_tokens, template, imitates, args.skip_long)
+    sets = {
+        "train": reader.read(args.data, reader.training),
+        "test": reader.read(args.test, reader.task) if args.test else [],
+        "ood": reader.read(args.ood, reader.task) if args.ood else [],
+        "prior": reader.read(args.eval, reader.prior) if args.eval else [],
+    }
+    sets |= {f"old {path}": reader.read(path, reader.task) for path in args.old or ()}
+    sets["test"] = sets["test"] or [row for row in sets["train"] if row["answer"]]
+    for note in reader.notes:
+        print(f"note: {note}")
+    return sets
+
+
+def open_folder(args, argv):
+    """The checkpoint to go on from or None, and the settings: a resumed run keeps its own."""
+    saved = checkpoint.load_run(args.out_dir) if args.resume else None
+    if saved:
+        own, args = parse_args(saved["argv"]), parse_args([*saved["argv"], *argv])
+        for name, value in vars(args).items():
+            was = getattr(own, name)
+            if value != was and name not in ("resume", "out_dir", "device"):
+                raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
+        return saved, args
+    checkpoint.check_new(args.out_dir)
+    if not args.data:
+        raise ValueError(f"--data is missing, and there is no run in {args.out_dir} to --resume")
+    return None, args
+
+
+def restore(run, saved):
+    """Put a checkpoint's state into the run."""
+    try:
+        run.step, run.base_scores = saved["step"], saved["base_scores"]
+        for name, model in (("student", run.student), ("teacher", run.teacher)):
+            if saved[name]:
+                model.load_state_dict(model.state_dict() | saved[name])
+        run.optimizer.load_state_dict(saved["optimizer"])
+    except Exception:  # whatever other contents make PyTorch raise
+        raise ValueError(
+            f"the newest checkpoint does not fit --init_from {run.args.init_from}; "
+            "restore that model, or start again in another --out_dir"
+        ) from None
+
+
+def save(run):
+    """A checkpoint to go on from. A teacher that never moves is in --init_from."""
+    moves = run.teacher is not None and run.teacher is not run.start
+    state = {"argv": run.argv, "step": run.step, "base_scores": run.base_scores}
+    state |= {"student": lora.state(run.student), "optimizer": run.optimizer.state_dict()}
+    state |= {"teacher": lora.state(run.teacher) if moves else {}}
+    checkpoint.save_run(run.args.out_dir, state)
+
+
+def save_weights(run, folder):
+    """The student as a GPT-2 folder of Hugging Face's, with the vocabulary of --init_from."""
+    checkpoint.save_model(lora.merge(run.student), folder, run.enc.eot_token)
+    checkpoint.copy_tokenizer(checkpoint.source_folder(run.args.init_from), folder)
+
+
+# --- What happens in a step -----------------------------------------------------------------------
 
 
 def update(run, rows, generators):
-    """One step on this process's rows of the minibatch: loss and info, as of sdft.train_step."""
+    """One update on this process's rows of the minibatch: loss and info, as of sdft.train_step."""
     args, eos_id = run.args, run.enc.eot_token
-    for group in run.optimizer.param_groups:
-        group["lr"] = settings.learning_rate(run.step, args.steps, args.lr, args.warmup)
+    run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
     prompts = [row["prompt_ids"] for row in rows]
-    with settings.autocast(args, run.device):
+    with autocast(args, run.device):
         if args.method == "sft":
             demonstrations = [row["demonstration_ids"] for row in rows]
-            return fast.sft_step(
-                run.student,
-                run.optimizer,
-                prompts,
-                demonstrations,
-                eos_id,
-                args.grad_clip,
-                args.micro_batch,
-            )
+            sizes = eos_id, args.grad_clip, args.micro_batch
+            return fast.sft_step(run.student, run.optimizer, prompts, demonstrations, *sizes)
         return fast.train_step(
             run.student,
             run.teacher,
@@ -75,7 +306,7 @@ def update(run, rows, generators):
             args.max_new_tokens,
             eos_id,
             generators=generators,
-            rollout_dtype=settings.rollout_dtype(args, run.device),
+            rollout_dtype=rollout_dtype(args, run.device),
             divergence=args.divergence,
             alpha={"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher],
             temperature=args.temperature,
@@ -87,31 +318,120 @@ def update(run, rows, generators):
 
 def averages(run, loss, info, stop):
     """Metrics of the minibatch over all processes, its number of tokens, and if any must stop."""
-    mask, completions = info["mask"], info.get("completions")
-    sums = {"stop": stop, "rows": len(mask), "loss": loss * len(mask), "tokens": mask.sum().item()}
-    if completions is not None:
-        endless = mask.all(1) & (completions[:, -1] != run.enc.eot_token)  # (B,), no end token
-        sums["truncated"] = endless.sum().item()
-        sums["divergence"] = info["divergence"].sum().item()
-        sums["loss_tokens"] = info["loss_mask"].sum().item()
-    values = torch.tensor(list(sums.values()), dtype=torch.float32, device=run.device)
-    if run.n_processes > 1:
+    mask, sampled = info["mask"], "completions" in info
+    sums = {"stop": stop, "rows": len(mask), "loss": loss * len(mask), "tokens": mask.sum()}
+    if sampled:
+        endless = mask.all(1) & (info["completions"][:, -1] != run.enc.eot_token)  # (B,)
+        sums |= {"truncated": endless.sum(), "divergence": info["divergence"].sum()}
+        sums |= {"loss_tokens": info["loss_mask"].sum()}
+    values = torch.tensor([*sums.values()], dtype=torch.float32, device=run.device)
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     sums = dict(zip(sums, values.tolist()))
-    rows, metrics = sums["rows"], {"loss": sums["loss"] / sums["rows"], "divergence": None}
-    if completions is not None:
+    metrics = {"loss": sums["loss"] / sums["rows"], "divergence": None}
+    if sampled:
         metrics["divergence"] = sums["divergence"] / max(sums["loss_tokens"], 1)
-    metrics["length"] = sums["tokens"] / rows
-    metrics["truncated"] = sums.get("truncated", 0) / rows
+    metrics["length"] = sums["tokens"] / sums["rows"]
+    metrics["truncated"] = sums.get("truncated", 0) / sums["rows"]
     return metrics, sums["tokens"], sums["stop"] > 0
 
 
-def catch_signals(n_processes):
-    """A list that Ctrl-C and SIGTERM append to, so that a step is finished and saved first.
+def measure(run):
+    """Scores of the student; they, samples and warnings go to the logs, the best weights to best/.
 
-    A second Ctrl-C does not wait. torchrun passes on what the terminal has sent already, so that
-    with several processes there is no second one.
+    The KL is to --base or --init_from, which is read again if training does not hold it in memory.
     """
+    args, enc, at_start = run.args, run.enc, run.base_scores is None
+    base = run.start
+    if at_start and not args.base:
+        base = None  # It is the student itself.
+    elif args.base or base is None:
+        base = checkpoint.load_model(args.base or args.init_from).to(run.device)
+
+    def rollout(model, prompts, max_new_tokens, eos_id, temperature, _):
+        generators = fast.row_generators(args.seed, 0, range(len(prompts)), run.device)
+        return fast.rollout(model, prompts, max_new_tokens, eos_id, temperature, generators)
+
+    with autocast(args, run.device):
+        student = fast.RolloutGPT.of(run.student)
+        n, size = args.max_new_tokens, args.micro_batch or args.batch_size
+        scores = evaluate.evaluate(student, run.sets, enc, n, size, base, at_start)
+        seen, samples = watch.look(
+            student,
+            None if run.teacher is None else fast.RolloutGPT.of(run.teacher),
+            student if base is None else fast.RolloutGPT.of(base),
+            evaluate.rows_to_watch(run.sets, student.config.block_size - n),
+            lambda ids: to_bytes(enc, ids).decode("utf-8", "backslashreplace"),
+            contains,
+            max_new_tokens=n,
+            eos_id=enc.eot_token,
+            divergence=args.divergence,
+            temperature=args.temperature,
+            batch_size=8,  # whose logits are all in memory
+            rollout=rollout,
+            phase=args.method,
+            skill=None,
+            step=run.step,
+        )
+    row = {"phase": args.method, "step": run.step, "eval": scores} | seen
+    for name, score in (("new", "lenient"), ("prior", "prior_acc")):  # as data/watch.py names them
+        row |= {name: scores[score]} if score in scores else {}
+    row["warnings"] = watch.warnings([*run.looks, row])
+    for sentence in row["warnings"]:
+        print(f"warning: {sentence}")
+    out = Path(args.out_dir)
+    files.append(out / "samples.jsonl", samples)
+    files.append(out / "metrics.jsonl", [row])
+    earlier = [look["new"] for look in run.looks if look.get("step") and "new" in look]
+    if args.keep == "best" and run.step and row["new"] > max(earlier, default=-1):
+        save_weights(run, out / "best")
+    run.looks.append(row)
+    return scores
+
+
+def finite_numbers(row):
+    """What later evaluations use of an earlier one, whatever someone has written into the file."""
+    return {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < math.inf}
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+def fine_tune(args, argv, rank, n_processes):
+    """One run, from its start or a checkpoint to its end; False if a signal stops it before."""
+    # Load and check everything.
+    began = time.perf_counter()
+    saved, args = open_folder(args, argv)
+    if args.batch_size % n_processes:
+        raise ValueError(f"--batch_size must be a multiple of the {n_processes} processes")
+    device = pick_device(args.device)
+    if n_processes > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    run = prepare(args, saved, device)
+    run.argv, out = saved["argv"] if saved else argv, Path(args.out_dir)
+    print(
+        f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
+        f"a step, steps {run.step + 1} to {args.steps}, {compute_dtype(args.dtype, device)}\n"
+        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+
+    # The base's scores, and logs that end where the checkpoint does.
+    if rank == 0:
+        if not saved:
+            save(run)  # from here on the folder can be resumed
+        step = -1 if run.base_scores is None else run.step
+        checkpoint.rewind(out / "samples.jsonl", step, args.steps)
+        rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
+        run.looks = [finite_numbers(row) for row in rows if "eval" in row]
+        if run.base_scores is None:
+            run.base_scores = measure(run)
+        print("base  " + evaluate.line_of(run.base_scores))
+    if n_processes > 1:
+        dist.barrier()
+
+    # Train. Ctrl-C and SIGTERM let a step be finished and saved; a second Ctrl-C does not wait.
+    # torchrun passes on what the terminal has sent already: several processes get no second one.
     stop = []
 
     def on_signal(*_):
@@ -121,189 +441,99 @@ def catch_signals(n_processes):
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    return stop
-
-
-def train(run):
-    """Updates to args.steps; logs, evaluates and saves on the way. False if a signal stops it."""
-    args, data = run.args, run.sets["train"]
-    share = args.batch_size // run.n_processes
-    places = range(run.rank * share, (run.rank + 1) * share)  # this process's, in the minibatch
-    stop = catch_signals(run.n_processes)
+    data, share = run.sets["train"], args.batch_size // n_processes
+    places = range(rank * share, (rank + 1) * share)  # this process's, in the minibatch
     first, tokens, start = run.step, 0, time.perf_counter()
-    last = start
-    while run.step < args.steps:
+    last, stopped = start, False
+    while run.step < args.steps and not stopped:
+        # The rows of the step, each with a random stream of its own.
         indices = minibatch(len(data), args.batch_size, run.step, args.seed)
         rows = [data[indices[place]] for place in places]
-        streams = args.seed, run.step, places, run.device
-        try:
-            loss, info = update(run, rows, fast.row_generators(*streams))
-        except FloatingPointError as e:
-            raise FloatingPointError(f"step {run.step + 1}: {e}") from None
-        rate = run.optimizer.param_groups[0]["lr"]
+        generators = fast.row_generators(args.seed, run.step, places, device)
+        loss, info = update(run, rows, generators)
         metrics, n, stopped = averages(run, loss, info, bool(stop))
         run.step, tokens = run.step + 1, tokens + n
-        done = run.step == args.steps
-        head = f"step {run.step:5}/{args.steps}  "
+        done, head = run.step == args.steps, f"step {run.step:5}/{args.steps}  "
 
-        if run.rank == 0 and (run.step % args.log_every == 0 or done):
+        if rank == 0 and (run.step % args.log_every == 0 or done):
             now = time.perf_counter()
-            about = {"phase": args.method, "step": run.step}
-            metrics |= {"lr": rate, "tokens_per_s": tokens / (now - last), "seconds": now - start}
-            checkpoint.append_line(run.out / "metrics.jsonl", about | metrics)
+            metrics |= {"lr": run.optimizer.param_groups[0]["lr"], "seconds": now - start}
+            metrics |= {"tokens_per_s": tokens / (now - last)}
+            row = {"phase": args.method, "step": run.step} | metrics
+            files.append(out / "metrics.jsonl", [row])
             left = (now - start) / (run.step - first) * (args.steps - run.step)
-            run.say(head + LOG_LINE[args.method].format(**metrics, left=left))
+            print(f"{head}{evaluate.line_of(metrics)}  {left:.0f} s left")
             last, tokens = now, 0
-        if run.rank == 0 and run.step % args.eval_every == 0 and not done:
-            run.say(head + evaluate.line_of(run.evaluate()))
+        if rank == 0 and run.step % args.eval_every == 0 and not done:
+            print(head + evaluate.line_of(measure(run)))
             last, tokens = time.perf_counter(), 0
-        if run.rank == 0 and (run.step % args.save_every == 0 or done or stopped):
-            run.save()
-        if run.n_processes > 1:
+        if rank == 0 and (run.step % args.save_every == 0 or done or stopped):
+            save(run)
+        if n_processes > 1:
             dist.barrier()  # the others wait while the first evaluates
-        if stopped:
-            return False
-    return True
 
-
-# --- The command ----------------------------------------------------------------------------------
-
-
-def fine_tune(args, given, rank, n_processes, stack):
-    """One run from start or checkpoint to end; False if a signal stops it before.
-
-    The folder is its own until the ExitStack `stack` is closed.
-    """
-    out = Path(args.out_dir)
-    there = out.is_dir()
-    if there and rank == 0:
-        stack.enter_context(held(out))
-    saved, args = check_folder(args, given)
-    if args.batch_size % n_processes:
-        raise ValueError(
-            f"--batch_size {args.batch_size} must be a multiple of the {n_processes} processes"
-        )
-    began = time.perf_counter()
-    device = settings.pick_device(args.device, os.environ.get("LOCAL_RANK"))
-    if n_processes > 1:
-        join_processes("nccl" if device.type == "cuda" else "gloo")
-    run = prepare(args, saved, device, rank, n_processes)
-    if rank == 0 and not there:
-        checkpoint.make_folder(out, exist_ok=False)
-        stack.enter_context(held(out))
-    parameters = sum(p.numel() for p in run.student.parameters()) / 1e6
-    trained = sum(p.numel() for p in lora.trained(run.student).values()) / 1e6
-    adapters = f", {trained:.1f}M of them trained" if args.lora_rank else ""
-    dtype = str(settings.compute_dtype(args.dtype, device)).removeprefix("torch.")
-    run.say(
-        f"{args.method} from {args.init_from}: {parameters:.1f}M parameters{adapters}, "
-        f"{len(run.sets['train'])} rows, {args.steps} steps of {args.batch_size} rows\n"
-        f"device {device} x {n_processes}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {dtype}"
-    )
-    if rank == 0:
-        for file in ("metrics.jsonl", "samples.jsonl"):
-            checkpoint.forget_after(out / file, run.step if saved else -1, args.steps)
-        if not saved:
-            run.base_scores = run.evaluate(start=True)
-            run.save()  # from here on the folder can be resumed
-        run.say("base  " + evaluate.line_of(run.base_scores))
-    if saved:
-        run.say(f"resumed at step {run.step}")
-    if n_processes > 1:
-        dist.barrier()
-
-    finished = train(run)
-    # From here on nothing is lost: all is in a checkpoint.
+    # Finish. From here on nothing is lost: all is in a checkpoint.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not finished:
-        again = f"python -m gpt2.train --resume --out_dir {out}"
-        run.say(f"stopped after step {run.step}, saved; go on with: {again}")
+    if stopped:
+        again = f"python -m gpt2.train --resume --out_dir {shlex.quote(args.out_dir)}"
+        print(f"stopped after step {run.step}, saved; go on with: {again}")
     elif rank == 0:
-        final = run.evaluate()
-        checkpoint.save_model(lora.merge(run.student), out)
+        final = measure(run)
+        save_weights(run, out)
         if args.lora_rank:
             checkpoint.save_adapters(run.student, out / "adapter", args.init_from)
-        checkpoint.copy_tokenizer(checkpoint.source_folder(args.init_from), out)
-        results = {"config": vars(args), "command": settings.command(args), "base": run.base_scores}
-        results["final"] = final
+        results = {"config": vars(args), "base": run.base_scores, "final": final}
+        results["command"] = shlex.join(["python", "-m", "gpt2.train", *run.argv])
         results["seconds"] = time.perf_counter() - began
-        text = json.dumps(results, indent=1) + "\n"
-        checkpoint.write_atomically(out / "results.json", lambda tmp: tmp.write_text(text))
+        checkpoint.write_json(out / "results.json", results)
         rows = [("base", run.base_scores), (f"{args.method}, {args.steps} steps", final)]
-        run.say("\n" + evaluate.table(rows))
-        files = "weights, results.json, metrics.jsonl and samples.jsonl"
-        run.say(f"\n{files} are in {out}; {results['seconds']:.0f} s")
+        print("\n" + evaluate.table(rows))
+        print(f"\nweights, scores and logs are in {out}; {results['seconds']:.0f} s")
     if n_processes > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return finished
+    return not stopped
 
 
-def join_processes(backend):
-    try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    except (ValueError, RuntimeError):
-        raise ValueError(
-            "the processes cannot find each other; start them with torchrun, or unset RANK and "
-            "WORLD_SIZE for one process"
-        ) from None
-
-
-def process_numbers():
-    """Rank and number of processes, which torchrun puts into the environment."""
-    words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if all(word.isdecimal() for word in words) and 0 <= int(words[0]) < int(words[1]):
-        return int(words[0]), int(words[1])
-    raise ValueError(
-        "RANK and WORLD_SIZE in the environment are {!r} and {!r}, not as torchrun sets them; "
-        "unset both for one process".format(*words)
-    )
+def sentence_of(e, out_dir):
+    """What a user reads in place of a traceback; None if the program is at fault."""
+    full = "out of memory" in str(e) or "allocate memory" in str(e)  # on a GPU, on a CPU
+    if full and isinstance(e, RuntimeError):
+        return "the memory is full; lower --micro_batch, --max_new_tokens or --batch_size"
+    if isinstance(e, FloatingPointError):
+        remedy = f"delete the newest file in {out_dir}/checkpoints, and it goes on from the other"
+        return f"{e}; if --resume ends here again, {remedy}"
+    if isinstance(e, OSError) and e.errno:
+        path = e.filename or out_dir
+        return f"cannot read or write {path} ({e.strerror}); check the path and the free space"
+    return str(e) if isinstance(e, (OSError, ValueError)) else None
 
 
 def main(argv=None):
     fast.keep_freed_memory()
-    args, given = settings.parse_args(__doc__, argv)
-    rank = 0
+    argv = sys.argv[1:] if argv is None else argv
+    args, rank = parse_args(argv), 0
     try:
-        rank, n_processes = process_numbers()
-        with contextlib.ExitStack() as stack:
-            if args.report:
-                print(evaluate.report(args.report))
-            elif not fine_tune(args, given, rank, n_processes, stack):
+        if args.report:
+            return print(evaluate.report(args.report))
+        # As torchrun sets them, or another launcher.
+        rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # one process prints
+        with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
+            if not fine_tune(args, argv, rank, n_processes):
                 sys.exit(130)
-    except FloatingPointError as e:
-        end(rank, f"{e}{after_explosion(Path(args.out_dir) / 'checkpoints')}")
-    except (ValueError, OSError) as e:
-        unforeseen = (
-            getattr(e, "filename", None) and f"{e.filename}: {e.strerror or e}; check the path"
-        )
-        end(rank, unforeseen or str(e))
-    except (MemoryError, RuntimeError) as e:
-        if not checkpoint.memory_is_full(e):
-            raise
-        remedy = "lower --micro_batch, --max_new_tokens or --batch_size, or choose a smaller model"
-        end(rank, f"the memory is full; {remedy}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; if a checkpoint was saved, --resume goes on from it")
-
-
-def after_explosion(folder):
-    """Weights may be beyond use before a number is not finite, and then be saved."""
-    if not (files := checkpoint.run_checkpoints(folder)):
-        return ""
-    remedy = checkpoint.way_back(folder)
-    return f"; {files[-1]} is from before it, and if --resume ends here again, {remedy}"
-
-
-def end(rank, sentence):
-    """Exit with a sentence on one line; of several processes, one prints."""
-    sys.exit("error: " + " ".join(sentence.split()) if rank == 0 else 1)
+    except Exception as e:
+        if not (sentence := sentence_of(e, args.out_dir)):
+            raise
+        # On one line; of several processes, one prints.
+        sys.exit("error: " + " ".join(sentence.split()) if rank == 0 else 1)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # A name that they cannot print must not end a run.
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main()
