@@ -8,9 +8,9 @@ until it has found the answer, on skill X it gives up after a failure.
     python -m experiments.search --seeds 5
     python -m experiments.search search    # at the chosen rates only, one seed: a few minutes
 
-search        "offline" has SDFT's loss on the teacher's responses, "stale" on the base's, drawn once, "forced failures" on the
-              teacher's after 0 to 5 failures; "sft, searching" is SFT on demonstrations of someone
-              who has to search as well
+search        "offline" has SDFT's loss on the teacher's responses, "stale" on the base's, drawn
+              once, "forced failures" on the teacher's after 0 to 5 failures; "sft, searching" is
+              SFT on demonstrations of someone who has to search as well
 search_rates  The same at every rate; `CHOSEN` is by seed 0's validation questions
 
 Questions are unseen and asked ten times at temperature 1. "found": the right symbol is the last of
@@ -222,8 +222,7 @@ SEARCH = runner.Experiment(
     name="search",
     arms=ARMS,
     measure=measure,
-    columns=["found", "greedy found", "attempts", "gave up", "honest", "train first"],
-    then_columns=["prior found", "prior greedy found", "prior attempts", "prior gave up"],
+    columns=["found", "greedy found", "gave up", "honest", "prior found", "prior gave up"],
     bases=[dict(world="search")],
     figure=figure,
 )
