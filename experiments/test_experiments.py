@@ -80,7 +80,8 @@ def test_every_experiment_runs_and_is_reported(name, folder, monkeypatch):
     ]
     lines = report.claims_table(REPORTED, {name: {"rows": rows, "seeds": [0, 1]}})
     cells = [line[2:-2].split(" | ") for line in [*lines][2:] if report.MISSING not in line]
-    assert cells and all(re.match("yes|no |undecided|cannot", verdict) for *_, verdict, _ in cells)
+    assert cells or name == "search_rates"  # a sweep of rates claims nothing
+    assert all(re.match("yes|no |undecided|cannot", verdict) for *_, verdict, _ in cells)
     if experiment.figure:
         report.draw(experiment.figure, rows, folder / "figure.png")
         assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
