@@ -163,7 +163,7 @@ def failed(fault=None):
 def test_each_gate_notices_its_fault_alone(fault):
     """The fourth result is wrong, the teacher ends after three failures, on A
 
-    and B only two symbols are tried, X is searched. A model that follows the rules passes every gate.
+    and B only two symbols are tried, X is searched. Who follows the rules passes every gate.
     """
     assert failed(fault) == [fault] and failed() == []
 
