@@ -165,7 +165,7 @@ def end_after(tokens, attempts):
 def search_batch(rng, n, seed):
     """n lines of pretraining: prompts (n, P), answers (n, C), and which tokens are targets (n, C).
 
-    Half of the plain lines are there for the results alone: tables are learned at every place, apart
+    Half of the plain lines are there for the results alone: tables are learned everywhere, apart
     from the habits. Next to a demonstration the first attempts are forced to fail, and they are no
     targets: nobody is to learn to try what is wrong.
     """
