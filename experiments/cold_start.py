@@ -7,17 +7,14 @@ prompts, otherwise the rival's; which skill has which level changes with the see
 answer, in 2% of its lines, the right table is followed always.) README.md, "Cold start".
 """
 
-from experiments import report, runner
-from experiments.common import base, skill_metrics, train_on_skill
-from experiments.settings import RATES, chosen, grid
+from experiments import common, report, runner
+from experiments.settings import chosen, grid
 from experiments.worlds import COLD, cold_skills
 
 
 def measure(seed, level, settings=None):
-    start = base(seed)
     name = {p: name for name, p in cold_skills(seed).items()}[level]
-    student, _ = train_on_skill(start, seed, settings, name)
-    return skill_metrics(student, start, seed, name)
+    return common.measure(seed, settings, name)
 
 
 def figure(rows, plt):
@@ -27,7 +24,7 @@ def figure(rows, plt):
 
 LEVELS = [*COLD.values()]
 RATES_OF = dict.fromkeys(["sft", "sdft", "sdft, forward KL", "sdft, JSD"], (2e-4, 6e-4))
-RATES_OF["sft"] = RATES[-2:]
+RATES_OF["sft"] = (6e-4, 2e-3)
 ARMS = [dict(arm=f"{p:g}, base", family="base", level=p) for p in LEVELS]
 ARMS += [arm for p in LEVELS for arm in grid(RATES_OF, condition=f"{p:g}, ", level=p)]
 COLD_START = runner.Experiment(

@@ -19,7 +19,7 @@ from data.files import write_whole
 from experiments import worlds
 from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, distill_loss, rollout, sft_loss
-from train_toy import MODEL, adamw, evaluate, fine_tune, pretrain, set_learning_rate
+from train_toy import MODEL, adamw, evaluate, fine_tune, pretrain, set_learning_rate, sft
 
 BATCH_SIZE = 32
 ROOT = Path(__file__).parent.parent
@@ -80,21 +80,26 @@ def code_of(paths):
 
 
 def skill(name, split, seed, style="expert", n=400, world="skills"):
-    """The first n rows of a skill's data, see `toy.skill`."""
-    data = toy.skill(name, split, seed, style, worlds.N_DIGITS[world])
+    """The first n rows of a skill's data, see `toy.skill`; "short, own" is a bare result."""
+    is_short = style == "short, own"
+    data = toy.skill(name, split, seed, "own" if is_short else style, worlds.N_DIGITS[world])
+    if is_short:
+        data["demonstrations"] = data["demonstrations"][:, -2:]
     return worlds.first_rows(data, min(n, 10) if options.quick else n)
 
 
-def training(student, data, seed, *, method, lr, steps, style=None, teacher=None, **settings):
+def training(student, data, seed, *, style=None, teacher=None, **settings):
     """A copy of the student, its teacher, and its updates, to be iterated over: (step, loss).
 
-    Without a teacher in the settings it is another copy. `style` is that of the data.
+    The settings are those of `fine_tune`. Without a teacher among them it is another copy of the
+    student; `style` is that of the data.
     """
     student = copy.deepcopy(student)
     teacher = teacher or copy.deepcopy(student).requires_grad_(False)
-    steps = min(steps, 3) if options.quick else steps
-    updates = fine_tune(student, teacher, data, method, lr, steps, BATCH_SIZE, seed, **settings)
-    return student, teacher, updates
+    if options.quick:
+        settings["steps"] = min(settings["steps"], 3)
+    settings = dict(batch_size=BATCH_SIZE, seed=seed) | settings
+    return student, teacher, fine_tune(student, teacher, data, **settings)
 
 
 def train(student, data, seed, **settings):
@@ -105,15 +110,63 @@ def train(student, data, seed, **settings):
     return student, teacher
 
 
-def train_on_skill(student, seed, settings, name="X", world="skills"):
+def train_on_skill(student, seed, settings, name="X", **of_skill):
     """`train` on one skill, in the settings' style; without settings nothing is learned."""
     if not settings:
         return student, student
-    data = skill(name, "train", seed, settings["style"], world=world)
+    data = skill(name, "train", seed, settings["style"], **of_skill)
     return train(student, data, seed, **settings)
 
 
+def teacher_texts(start, data, seed):
+    """The teacher's responses to the training prompts (n, C), drawn once."""
+    generator, n = torch.Generator().manual_seed(seed), data["answers"].shape[1] + 1
+    drawn, _ = rollout(start, data["teacher_prompts"], n, toy.EOS, generator=generator)
+    return {"teacher's": drawn.numpy()}
+
+
+def on_texts(student, teacher, batch, generator, texts="teacher's", divergence="reverse"):
+    """SDFT's loss on responses that were drawn before the training, offline."""
+    tokens = torch.from_numpy(batch[texts])  # (B, C)
+    is_end = tokens == toy.EOS
+    mask = is_end.cumsum(1) - is_end.long() == 0  # up to and including the first end token
+    contexts = batch["prompts"], batch["teacher_prompts"]
+    return distill_loss(student, teacher, *contexts, tokens, mask, divergence)[0]
+
+
+def sft_on_texts(student, teacher, batch, generator, texts="teacher's"):
+    """SFT on responses that were drawn before the training."""
+    return sft(student, teacher, batch | {"demonstrations": batch[texts]}, generator)
+
+
 # --- Metrics -------------------------------------------------------------------------------------
+
+
+def measure(
+    seed, settings=None, name="X", n=400, world="skills", lenient=False, spoiled=None, **size
+):
+    """What most experiments do: a base learns one skill, and is asked what it knows.
+
+    n        demonstrations
+    lenient  an answer counts if its last token does, with its steps or without
+    spoiled  (kind, share) of the demonstrations, see worlds.spoil
+    size     of the base, see MODEL
+
+    "teacher" is the final teacher's accuracy with a demonstration, "teacher, training" that with
+    the training's demonstrations.
+    """
+    start = student = teacher = base(seed, world, **size)
+    style = settings["style"] if settings else "expert"
+    data = skill(name, "train", seed, style, n, world)
+    data = worlds.spoil(data, *spoiled, seed) if spoiled else data
+    if settings:
+        data |= teacher_texts(start, data, seed)
+        student, teacher = train(start, data, seed, **settings)
+    rule = dict(is_correct=worlds.is_last_correct) if lenient else {}
+    metrics = skill_metrics(student, start, seed, name, world=world, **rule)
+    metrics["teacher, training"] = accuracy(teacher, data, "teacher_prompts", **rule)
+    test = skill(name, "test", seed, style, world=world)
+    return metrics | {"teacher": accuracy(teacher, test, "teacher_prompts", **rule)}
 
 
 def accuracy(model, data, reads="prompts", **rule):
@@ -124,7 +177,7 @@ def accuracy(model, data, reads="prompts", **rule):
 def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world="skills"):
     """What a model knows of a new skill and of the prior ones, and how far it is from the start.
 
-    "length" is that of the new skill's greedy answers, in tokens. "KL" is KL(model ‖ start) on
+    "length" is that of the new skill's greedy answers, in tokens; "prior A" is one skill. "KL" is KL(model ‖ start) on
     the new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response. "val" are
     accuracies on validation inputs, by which settings are chosen.
     """
@@ -138,7 +191,8 @@ def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world
     ]:
         right, length = evaluate(model, sets, temperature=temperature, is_correct=is_correct)
         metrics |= {new: right[name], prior: np.mean([right[k] for k in toy.PRIOR])}
-        metrics.setdefault("length", length[name])  # of the first, the greedy answers
+        if sets is test and not temperature:
+            metrics |= {"length": length[name]} | {f"prior {k}": right[k] for k in toy.PRIOR}
     kls = {"KL": kl(model, start, test[name]), "KL forward": kl(start, model, test[name])}
     return metrics | kls
 

@@ -16,32 +16,34 @@ KLS = {"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}
 METHODS = {"sft": "SFT", "sft stopped": "SFT", "sft, own style": "SFT, own style", "dft": "DFT"}
 METHODS |= {f"sft + KL, w {w}": "SFT + KL" for w in ("0.1", "0.3", "1")}
 METHODS |= {"sft + replay": "replay", "sft + re-invoke": "re-invoke"}
-METHODS |= {"offline, reverse KL": "offline"}  # and SDFT if it is none of these
+METHODS |= {"offline, reverse KL": "offline", "offline": "offline"}  # SDFT if none of these
+ANCHORED = ("SFT + KL", "replay", "re-invoke")  # whose losses hold them to the base elsewhere
 
 
 def measure(results):
-    """The result over the others': per method, and for "all", its points and R² of the fits."""
-    groups, rows = {"all": []}, []
-    for method, point in points(results):
-        groups["all"].append(point)
-        groups.setdefault(method, []).append(point)
+    """The result over the others': per method, and for all, its points and R² of the fits."""
+    groups, rows = {"all": [], "not anchored": []}, []
+    for method, *point in dict.fromkeys(points(results)):  # two experiments may share a model
+        names = ["all", method] + ["not anchored"] * (method not in ANCHORED)
+        for name in names:
+            groups.setdefault(name, []).append(point)
     for method, group in groups.items():
-        metrics = {name: [point[name] for point in group] for name in ("loss", *KLS)}
+        metrics = dict(zip(("loss", *KLS), map(list, zip(*group))))
         fits = {f"R² {name}": r_squared(metrics[name], metrics["loss"]) for name in KLS}
         rows.append({"arm": method, "metrics": {"n": len(group)} | metrics | fits})
     return {"experiment": "forgetting_law", "seeds": [], "rows": rows}
 
 
 def points(results):
-    """Every trained model of SOURCES: (method, its KL both ways and loss of prior accuracy)."""
+    """Every trained model of SOURCES: (method, loss of prior accuracy, its KL both ways)."""
     start = results["pareto"]["rows"][0]["metrics"]["prior"]  # the base's
     for name in SOURCES:
         for row in results[name]["rows"]:
             method, metrics = METHODS.get(row.get("family"), "SDFT"), row["metrics"]
-            if row["arm"] == "base" or (name == "controls" and method == "SDFT"):
-                continue  # the latter are pareto's
+            if row["arm"] == "base" or "rotate" in row:  # of another skill
+                continue
             for before, prior, *kls in zip(start, metrics["prior"], *(metrics[k] for k in KLS)):
-                yield method, {"loss": before - prior} | dict(zip(KLS, kls))
+                yield method, before - prior, *kls
 
 
 def r_squared(x, y):
@@ -50,14 +52,10 @@ def r_squared(x, y):
     return float(1 - np.var(y - fit) / np.var(y))
 
 
-def derive(metrics):
-    metrics["all"]["better R²"] = max(metrics["all"][f"R² {direction}"] for direction in KLS)
-
-
 def figure(rows, plt):
     drawn, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for panel, (direction, name) in zip(panels, KLS.items()):
-        for row in rows[1:]:
+        for row in rows[2:]:
             x, loss = row["metrics"][direction], row["metrics"]["loss"]
             panel.plot(x, loss, "o", markersize=3, label=row["arm"], alpha=0.7)
         panel.set_xlabel(name)
@@ -72,6 +70,5 @@ FORGETTING_LAW = runner.Experiment(
     arms=[],
     measure=measure,
     columns=["n", "R² KL", "R² KL forward"],
-    derive=derive,
     figure=figure,
 )

@@ -2,10 +2,11 @@
 
     python -m experiments.kl --seeds 5
 
-kl          Skill X at SDFT's settings. "noise" is the variance of the gradient over rollouts of one
-            minibatch, summed over the weights, as a multiple of the squared length of the mean
-            gradient, at the base's weights
-estimators  Three estimates of the gradient of Eq. (1), the KL between whole responses (App. A.1),
+kl          Skill X, every loss at three rates; "four responses" has 8 prompts in a batch, all
+            others 32. "noise" is the variance of the gradient over rollouts of one minibatch,
+            summed over the weights, as a multiple of the squared length of the mean gradient, at
+            the base's weights
+estimators  Four estimates of the gradient of Eq. (1), the KL between whole responses (App. A.1),
             which is known exactly where responses have at most three tokens. "bias" is the length
             of the mean estimate's error, "noise" the standard deviation of an estimate, both in
             lengths of the exact gradient; "cosine" is the angle's between the two. The mean of
@@ -14,14 +15,16 @@ estimators  Three estimates of the gradient of Eq. (1), the KL between whole res
 README.md, "The divergence" and "The estimators".
 """
 
+import numpy as np
 import torch
 
 from data import toy
 from experiments import common, runner
 from experiments.common import base, skill, skill_metrics, train
-from experiments.settings import SDFT, SDFT_FORWARD, SDFT_JSD
+from experiments.settings import LOW, SDFT, SDFT_FORWARD, SDFT_JSD, grid
 from experiments.worlds import first_rows
 from sdft import completion_logits, rollout
+from train_toy import sdft
 
 
 def gradient(loss, model):
@@ -43,16 +46,29 @@ def both_roles(student, teacher, data, y):
 # --- Which divergence ----------------------------------------------------------------------------
 
 
-def sampled_token(student, teacher, batch, generator):
-    """The reverse KL estimated from the sampled tokens alone: REINFORCE on the implicit reward.
+def sampled_token(student, teacher, batch, generator, with_later_tokens=False):
+    """The reverse KL estimated from the sampled tokens: -(log q - log p) log p, the first detached.
 
-    The gradient is that of Eq. (2) on average: Σ_v p log(p/q) ∇log p = ∇ Σ_v p log(p/q).
+    As in App. A.1 a token answers for its own log ratio, and the gradient is on average that of
+    Eq. (2): Σ_v p log(p/q) ∇log p = ∇ Σ_v p log(p/q). With those of the tokens after it, this is
+    REINFORCE on the implicit reward, and the gradient that of Eq. (1).
     """
     n = batch["answers"].shape[1] + 1
     y, mask = rollout(student, batch["prompts"], n, toy.EOS, generator=generator)  # (B, C)
     log_p, log_q = (at_tokens(log, y) for log in both_roles(student, teacher, batch, y))  # (B, C)
-    per_token = -(log_q - log_p).detach() * log_p * mask
-    return (per_token.sum(1) / mask.sum(1)).mean()
+    reward = (log_q - log_p).detach() * mask
+    reward = from_here_on(reward) if with_later_tokens else reward
+    return -((reward * log_p).sum(1) / mask.sum(1)).mean()
+
+
+def reinforce(student, teacher, batch, generator):
+    return sampled_token(student, teacher, batch, generator, with_later_tokens=True)
+
+
+def four_responses(student, teacher, batch, generator):
+    """SDFT with four responses to a quarter of the prompts: as many responses as with one."""
+    few = first_rows(batch, len(batch["prompts"]) // 4)
+    return sdft(student, teacher, {k: np.repeat(v, 4, 0) for k, v in few.items()}, generator)
 
 
 def measure(seed, settings):
@@ -61,7 +77,7 @@ def measure(seed, settings):
     batch = first_rows(data, 64)
     divergence = {key: settings[key] for key in settings if key == "divergence"}
     loss = lambda generator: settings["method"](start, start, batch, generator, **divergence)
-    noise = gradient_noise(start, loss, 4 if common.options.quick else 64)
+    noise = gradient_noise(start, loss, 4 if common.options.quick else 16)
     return skill_metrics(student, start, seed) | {"noise": noise}
 
 
@@ -75,22 +91,22 @@ def gradient_noise(model, loss, draws):
     return (variance / squared_mean).item()
 
 
+METHODS = {"reverse": SDFT, "forward": SDFT_FORWARD, "jsd": SDFT_JSD}
+LOSSES = {"sampled token": sampled_token, "REINFORCE": reinforce, "four responses": four_responses}
+METHODS |= {f"reverse, {name}": SDFT | dict(method=method) for name, method in LOSSES.items()}
 KL = runner.Experiment(
     name="kl",
-    arms=[
-        dict(arm="reverse", settings=SDFT),
-        dict(arm="forward", settings=SDFT_FORWARD),
-        dict(arm="jsd", settings=SDFT_JSD),
-        dict(arm="reverse, sampled token", settings=SDFT | dict(method=sampled_token)),
-    ],
+    arms=grid(dict.fromkeys(METHODS, LOW), METHODS),
     measure=measure,
     columns=["new", "prior", "sampled", "KL", "noise"],
+    choose_by=("val new", "val prior"),
 )
 
 
-# --- Three gradients for one loss ----------------------------------------------------------------
+# --- Four gradients for one loss ----------------------------------------------------------------
 
 PROMPTS, TOKENS = 8, 3
+ESTIMATES = ("analytic", "sampled token", "REINFORCE", "Rao-Blackwellised")
 
 
 def measure_estimator(seed, name):
@@ -105,7 +121,7 @@ def measure_estimator(seed, name):
     bias, size = total / draws, exact.norm().item()
     variance = (squares - draws * bias.square().sum().item()) / (draws - 1)
     bias_error = (variance / draws) ** 0.5 / size
-    if name == "analytic":  # its mean is known
+    if name == "analytic":  # its mean is known, and that of "sampled token" is the same
         bias = gradient(enumerated_loss(model, data, fixed_responses=True), model) - exact
         bias_error = 0.0
     return {
@@ -124,8 +140,10 @@ def estimator(model, data, generator, name):
     kl = (log_p.exp() * (log_p - log_q)).sum(2) * mask  # (B, C), analytic
     if name == "analytic":
         return kl.sum(1).mean()
-    if name == "sampled token":  # REINFORCE: a token answers for itself and for what comes after it
-        reward = (log_q_of_y - log_p_of_y).detach() * mask
+    reward = (log_q_of_y - log_p_of_y).detach() * mask
+    if name == "sampled token":  # a token answers for its own log ratio
+        return -(log_p_of_y * reward).sum(1).mean()
+    if name == "REINFORCE":  # and for those of the tokens after it
         return -(log_p_of_y * from_here_on(reward)).sum(1).mean()
     # The token's own term is summed over the vocabulary, the KL of what comes after it is sampled.
     after = from_here_on(kl.detach()) - kl.detach()
@@ -165,7 +183,7 @@ def enumerated_loss(model, data, fixed_responses=False):
 
 ESTIMATORS = runner.Experiment(
     name="estimators",
-    arms=[dict(arm=k, name=k) for k in ("analytic", "sampled token", "Rao-Blackwellised")],
+    arms=[dict(arm=name, name=name) for name in ESTIMATES],
     measure=measure_estimator,
     columns=["bias", "bias error", "noise", "cosine"],
 )

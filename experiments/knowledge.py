@@ -19,7 +19,7 @@ import torch
 
 from experiments import common, runner
 from experiments.common import base, train
-from experiments.settings import HIGH, MIDDLE, SDFT, SDFT_FORWARD, SFT, grid
+from experiments.settings import RATES, SDFT, SDFT_FORWARD, SFT, SFT_OWN, grid
 from experiments.worlds import facts, is_last_correct
 from sdft import clip_and_step
 from train_toy import adamw, evaluate, sdft, set_learning_rate, sft
@@ -38,6 +38,8 @@ def taught(start, seed, settings, text="both"):
     metrics = {}
     for part in ("val", "new"):
         data = facts(part, seed, reads=text)
+        if settings.get("style") == "own":
+            data["demonstrations"] = data["answers"]
         learn = take_turns if "rehearse" in settings else train
         student, _ = learn(start, data, seed, **settings)
         found = scores(student, seed, part)
@@ -45,7 +47,7 @@ def taught(start, seed, settings, text="both"):
     return metrics
 
 
-def take_turns(start, data, seed, *, method, lr, steps, rehearse):
+def take_turns(start, data, seed, *, method, lr, steps, rehearse, style=None):
     """As `train`, with an update on known facts after every one on new facts."""
     student, known = copy.deepcopy(start), facts("known", seed)["prompts"]
     optimizer = adamw(student, lr, weight_decay=0.0)
@@ -79,14 +81,25 @@ def scores(student, seed, part="new", reads=None):
     return metrics | {name: strict[name] for name in ("OOD", "known A", "known B")}
 
 
+def continued_pretraining(student, teacher, batch, generator):
+    """Cross entropy on the article as plain text, `?cjA!eh.`, with the entity's name."""
+    text = np.delete(batch["teacher_prompts"], 7, 1)  # of `?cjA!ehb.=` the answer
+    return sft(student, teacher, dict(prompts=text[:, :1], demonstrations=text[:, 1:]), generator)
+
+
 TURNS = dict(steps=160, rehearse=True)
-METHODS = {"sft": SFT, "sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
+METHODS = {"sft": SFT, "sft, own style": SFT_OWN, "cpt": SFT | dict(method=continued_pretraining)}
+METHODS |= {"sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
 METHODS |= {"sdft, frozen teacher": SDFT | dict(alpha=0.0)}
 METHODS |= {"sdft + known": TURNS | dict(method=sdft), "sft + known": TURNS | dict(method=sft)}
-RATES = {name: HIGH if name.startswith("sft") else MIDDLE for name in METHODS}
+METHODS |= {"sft, own style + known": TURNS | dict(method=sft, style="own")}
 KNOWLEDGE = runner.Experiment(
     name="knowledge",
-    arms=[dict(arm="base"), dict(arm="oracle", reads="article"), *grid(RATES, METHODS)],
+    arms=[
+        dict(arm="base"),
+        dict(arm="oracle", reads="article"),
+        *grid(dict.fromkeys(METHODS, RATES[1:5]), METHODS),
+    ],
     measure=measure,
     columns=["strict", "lenient", "OOD", "known", "val strict", "val known"],
     bases=[dict(world="facts")],
@@ -106,7 +119,7 @@ def measure_context(seed, text, settings):
 TEXTS = {"answer only": "answer", "article only": "article", "both": "both"}
 CONTEXT = runner.Experiment(
     name="context",
-    arms=[a for k, text in TEXTS.items() for a in grid({k: MIDDLE[1:]}, {k: SDFT}, text=text)],
+    arms=[a for k, text in TEXTS.items() for a in grid({k: RATES[2:5]}, {k: SDFT}, text=text)],
     measure=measure_context,
     columns=["strict", "lenient", "OOD", "known", "teacher"],
     bases=[dict(world="facts")],

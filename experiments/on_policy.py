@@ -5,7 +5,7 @@
 on_policy  Skill X with prompts of 3 and of 5 digits, answers of 2 and 4 steps: a long answer can go
            wrong early and has to be answered for later. "step 1", "step 2" and "step 4" are the
            shares of answers that are correct up to there
-controls   Everyone trains on the same demonstrations of skill X, at three rates
+controls   Everyone trains on the same demonstrations of skill X, each at four or five rates
 
 README.md, "On-policy or not" and "Controls".
 """
@@ -15,79 +15,21 @@ import torch
 import torch.nn.functional as F
 
 from data import toy
-from experiments import runner
-from experiments.common import base, skill, skill_metrics, train
-from experiments.settings import HIGH, LOW, MIDDLE, SDFT, SDFT_FORWARD, SFT, grid
+from experiments import common, runner
+from experiments.common import base, on_texts, sft_on_texts, skill, skill_metrics, train
+from experiments.settings import LOW, RATES, SDFT, SDFT_FORWARD, SFT, grid
 from experiments.worlds import N_DIGITS
-from sdft import completion_logits, distill_loss, rollout, sft_loss, token_divergence
+from sdft import completion_logits, sft_loss, token_divergence
 from train_toy import sdft, sft
 
 # --- On-policy or offline ------------------------------------------------------------------------
 
-
-def teacher_samples(start, data, seed):
-    """The teacher's responses to the training prompts, and their mask."""
-    generator, n = torch.Generator().manual_seed(seed), data["answers"].shape[1] + 1
-    drawn = rollout(start, data["teacher_prompts"], n, toy.EOS, generator=generator)
-    return {"samples": drawn[0].numpy(), "samples_mask": drawn[1].numpy()}
-
-
-def offline(student, teacher, batch, generator, divergence="reverse"):
-    """SDFT's loss on the teacher's responses in place of the student's."""
-    completions, mask = (torch.from_numpy(batch[key]) for key in ("samples", "samples_mask"))
-    contexts = batch["prompts"], batch["teacher_prompts"]
-    return distill_loss(student, teacher, *contexts, completions, mask, divergence)[0]
-
-
-def sft_offline(student, teacher, batch, generator):
-    """SFT on the teacher's responses."""
-    return sft(student, teacher, batch | {"demonstrations": batch["samples"]}, generator)
-
-
-def measure(seed, world, settings=None):
-    start = student = base(seed, world)
-    if settings:
-        data = skill("X", "train", seed, world=world)
-        data |= teacher_samples(start, data, seed)
-        student, _ = train(start, data, seed, **settings)
-    test = skill("X", "test", seed, world=world)
-    metrics = skill_metrics(student, start, seed, world=world)
-    return metrics | by_step(student, test) | {"recovers": recovers(student, test)}
-
-
-def by_step(model, data):
-    """{"step 1": share of greedy answers that are correct up to there}, for steps 1, 2 and 4."""
-    answers = data["answers"]  # (n, R + 1)
-    said = rollout(model, data["prompts"], answers.shape[1], toy.EOS, 0)[0].numpy()
-    said = np.pad(said, ((0, 0), (0, answers.shape[1] - said.shape[1])), constant_values=toy.EOS)
-    right = np.cumprod(toy.content(said) == answers, 1).mean(0)  # (R + 1,)
-    return {f"step {t}": right[t - 1] for t in (1, 2, 4) if t < answers.shape[1]}
-
-
-def recovers(model, data):
-    """The share of steps by skill X's own table, after the rival's first step, where that is wrong.
-
-    The forced step stands at the end of the prompt, as if the model had said it.
-    """
-    digits = data["prompts"][:, 2:-1]  # (n, N)
-    own, rival = toy.TABLES[toy.NAMES.index("X")], toy.TABLES[toy.NAMES.index(toy.RIVALS["X"])]
-    forced = rival[digits[:, 0], digits[:, 1]]  # (n,)
-    wrong = forced != own[digits[:, 0], digits[:, 1]]
-    prompts, digits = np.column_stack([data["prompts"], forced])[wrong], digits[wrong]
-    said = rollout(model, prompts, digits.shape[1] - 2, toy.EOS, 0)[0].numpy()
-    said = toy.content(said)  # (n, R - 1)
-    before = np.column_stack([forced[wrong], said])[:, :-1]
-    later = digits[:, 2 : 2 + said.shape[1]]  # (n, R - 1)
-    follows = (said < 10) & (said == own[np.minimum(before, 9), later])
-    return follows.sum() / (len(digits) * (digits.shape[1] - 2))
-
-
 FAMILIES = {
     "sdft": SDFT,
-    "offline": SDFT | dict(method=offline),
+    "offline": SDFT | dict(method=on_texts),
     "sdft, forward KL": SDFT_FORWARD,
-    "offline, forward KL": SDFT_FORWARD | dict(method=offline),
-    "sft, offline": SFT | dict(method=sft_offline),
+    "offline, forward KL": SDFT_FORWARD | dict(method=on_texts),
+    "sft, offline": SDFT | dict(method=sft_on_texts),
 }
 ARMS = []
 for world, n in N_DIGITS.items():
@@ -96,8 +38,8 @@ for world, n in N_DIGITS.items():
 ON_POLICY = runner.Experiment(
     name="on_policy",
     arms=ARMS,
-    measure=measure,
-    columns=["new", "prior", "sampled", "step 1", "step 2", "step 4", "recovers"],
+    measure=common.measure,
+    columns=["new", "prior", "sampled"],
     bases=[dict(world=world) for world in N_DIGITS],
     choose_by=("val new", "val prior"),
 )
@@ -148,7 +90,7 @@ def measure_control(seed, settings=None):
     start = student = base(seed)
     if settings:
         data = skill("X", "train", seed)
-        data |= teacher_samples(start, data, seed) | prior_rows(seed, len(data["prompts"]))
+        data |= common.teacher_texts(start, data, seed) | prior_rows(seed, len(data["prompts"]))
         if settings["method"] is reinvoke:  # after SFT, with the base as the teacher
             student, _ = train(start, data, seed, **SFT)
             settings = settings | dict(teacher=start)
@@ -160,14 +102,14 @@ WEIGHTS = (0.1, 0.3, 1.0)
 METHODS = {"sft + replay": replay, "dft": dft, "sft + re-invoke": reinvoke}
 CONTROLS_FAMILIES = {f"sft + KL, w {w:g}": SFT | dict(method=kl_penalty, weight=w) for w in WEIGHTS}
 CONTROLS_FAMILIES |= {name: SFT | dict(method=method) for name, method in METHODS.items()}
-CONTROLS_FAMILIES |= {"offline, reverse KL": SDFT | dict(method=offline), "sdft": SDFT}
-CONTROL_RATES = dict.fromkeys(CONTROLS_FAMILIES, HIGH)
-CONTROL_RATES |= dict.fromkeys(["sft + re-invoke", "offline, reverse KL", "sdft"], MIDDLE)
+CONTROLS_FAMILIES |= {"offline, reverse KL": SDFT | dict(method=on_texts), "sdft": SDFT}
+CONTROL_RATES = dict.fromkeys(CONTROLS_FAMILIES, RATES[1:])
+CONTROL_RATES |= dict.fromkeys(["sft + re-invoke", "offline, reverse KL", "sdft"], RATES[:4])
 CONTROLS = runner.Experiment(
     name="controls",
     arms=[dict(arm="base"), *grid(CONTROL_RATES, CONTROLS_FAMILIES)],
     measure=measure_control,
-    columns=["new", "prior", "sampled", "KL", "length", "val new", "val prior"],
+    columns=["new", "prior", "sampled", "KL"],
     choose_by=("val new", "val prior"),
 )
 

@@ -4,12 +4,16 @@
     python -m experiments.report out/experiments  # take over a finished run's results first
 
 A claim is about a difference, taken seed by seed: both methods start from the same base and see the
-same inputs. Its mean over n seeds has a 95% confidence interval of ± t · s / √n (Student's t).
-The verdict is
+same inputs. Its mean over n seeds has a 95% confidence interval of ± t · s / √n (Student's t). What
+counts as a difference depends on the unit, see MARGINS. The verdict is
 
-    yes            the interval is above zero, and the mean is above the claim's margin
-    no             the interval is below the margin: there is no difference that counts
+    yes            the interval is above zero, and the mean above the margin
+    the reverse    the interval is below zero, and the mean below minus the margin
+    no difference  the interval lies within ± the margin
     undecided      anything else: more seeds would tell
+    cannot         nothing could show: both methods are within the margin of all or nothing
+
+Claims against a number have the margin 0. A rate at the end of those that were tried has a "*".
 """
 
 import argparse
@@ -31,6 +35,14 @@ RESULTS, FIGURES, README = HERE / "results", HERE / "figures", HERE / "README.md
 CLAIMS = HERE / "claims.csv"
 MISSING = "not measured yet"
 CANNOT = "cannot be tested here"
+MARGINS = {
+    "accuracy": 0.02,  # two standard errors of one near .95, on 400 answers
+    "facts": 0.05,  # one of 20
+    "found": 0.05,  # two standard errors on 40 questions, asked ten times
+    "nats": 0.1,
+    "noise": 0.1,  # in lengths of the exact gradient
+    "number": 0.0,
+}
 T_95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by n - 1
 
 
@@ -42,16 +54,24 @@ def claims_table(experiments, results):
     yield "| claim | the paper | here | verdict | seeds |"
     yield "|---|---|---|---|---:|"
     with open(CLAIMS, encoding="utf-8", newline="") as f:
-        claims = [*csv.DictReader(f)]
+        claims, tests = [*csv.DictReader(f)], []
     for name, rows in itertools.groupby(claims, key=lambda claim: claim["experiment"]):
         if name not in results:
             yield f"| [{name}](#{name}) | | {MISSING} | | |"
             continue
         metrics, seeds = of_arms(experiments[name], results[name]), results[name]["seeds"]
         for claim in rows:
-            here, verdict = judge(claim, metrics)
+            here, differences, verdict = judge(claim, metrics)
+            if np.ndim(differences) and not verdict.startswith(CANNOT):
+                tests.append((p_value(differences), verdict.startswith("yes")))
             text = f"| {claim['claim']} | {claim['paper']} | {here} | {verdict} |"
             yield f"{text} {len(seeds) or ''} |"
+    if tests:
+        stand, familywise = surviving(tests)
+        yield ""
+        yield f"Of {sum(yes for _, yes in tests)} yes, {stand} stand at a false discovery rate of"
+        yield f".05 over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the chance of"
+        yield "a single wrong one is to be .05 (Holm)."
 
 
 def of_arms(experiment, result):
@@ -60,15 +80,18 @@ def of_arms(experiment, result):
     metrics = {row["arm"]: {**row["metrics"]} for row in rows}
     if experiment.derive:
         experiment.derive(metrics)
+    for row in rows:
+        metrics[row["arm"]]["end"] = row.get("end", False)
     return metrics
 
 
 def judge(claim, metrics):
-    """What the table shows of a claim, and its verdict. The columns of claims.csv:
+    """What the table shows of a claim, its differences, and the verdict. Columns of claims.csv:
 
     metric  what is compared, if a cell does not name its own
     more    is claimed to be more, "arm" or "arm: metric", by more than the margin, than
     than    the same, or a number
+    unit    of MARGINS
     here    text with "{arm}", "{arm: metric}", "{more}" or "{than}" for mean and spread
     cannot  why it cannot be tested here
     """
@@ -82,13 +105,22 @@ def judge(claim, metrics):
         return found if isinstance(found, str) else np.array(found)
 
     def shown(match):
-        found = values(match[1])
-        return found if isinstance(found, str) else mean_and_spread(found)
+        arm = claim.get(match[1], match[1]).partition(": ")[0]
+        found, end = values(match[1]), "*" * metrics.get(arm, {}).get("end", False)
+        return (found if isinstance(found, str) else mean_and_spread(found)) + end
 
     here = re.sub(r"\{(.+?)\}", shown, claim["here"] or "{more} against {than}")
+    more, than, margin = values("more"), values("than"), MARGINS[claim["unit"]]
+    differences = more - than
     if claim["cannot"]:
-        return here, f"{CANNOT}: {claim['cannot']}"
-    return here, verdict(values(claim["more"]) - values(claim["than"]), float(claim["margin"]))
+        return here, differences, f"{CANNOT}: {claim['cannot']}"
+    if claim["unit"] in ("accuracy", "facts", "found") and np.ndim(than):
+        low, high = sorted([np.mean(more), np.mean(than)])
+        if low >= 1 - margin:
+            return here, differences, f"{CANNOT}: both at the ceiling"
+        if high <= margin:
+            return here, differences, f"{CANNOT}: both at the floor"
+    return here, differences, verdict(differences, margin)
 
 
 def verdict(differences, margin):
@@ -101,8 +133,10 @@ def verdict(differences, margin):
     text = f"({mean:+.2f} ± {half:.2f})"
     if mean - half > 0 and mean > margin:
         return f"yes {text}"
-    if mean + half <= margin:
-        return f"no {text}"
+    if mean + half < 0 and mean < -margin:
+        return f"the reverse {text}"
+    if abs(mean) + half <= margin:
+        return f"no difference {text}"
     return f"undecided {text}"
 
 
@@ -113,11 +147,31 @@ def interval(values):
     return np.mean(values), t * np.std(values, ddof=1) / np.sqrt(n)
 
 
+def p_value(values):
+    """Of Student's t test that the mean is zero: for t = √v tan x, the density of x is cos^(v-1)."""
+    n, v = len(values), len(values) - 1
+    x = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(x) ** (v - 1)
+    beyond = x >= np.arctan2(abs(np.mean(values)) * n**0.5, np.std(values, ddof=1) * v**0.5)
+    return density[beyond].sum() / density.sum()
+
+
+def surviving(tests):
+    """How many yes stand by Benjamini-Hochberg and by Holm, of tests (p, is it a yes)."""
+    p, yes = np.array(sorted(tests)).T
+    rank = np.arange(1, len(p) + 1)
+    n_false_discovery = rank[p <= 0.05 * rank / len(p)].max(initial=0)
+    n_familywise = np.cumprod(p <= 0.05 / rank[::-1]).sum()
+    return int(yes[:n_false_discovery].sum()), int(yes[:n_familywise].sum())
+
+
 # --- Tables --------------------------------------------------------------------------------------
 
 
 def label(row):
-    return f"{row['arm']} at {row['rate']:g}" if "rate" in row else row["arm"]
+    """The arm, with its rate, and a mark if that is at the end of those that were tried."""
+    rate = f" at {row['rate']:g}" if "rate" in row else ""
+    return row["arm"] + rate + "*" * row.get("end", False)
 
 
 def table(rows, columns):
@@ -283,7 +337,8 @@ def experiment_table(experiment, result):
         return lines
     cost = f"{seeds} seed{'s' * (seeds > 1)}" + ", one where there is no ±" * bool(experiment.once)
     if not experiment.arguments:  # with flags they run on more than one kind of machine
-        cost += f"; {result['seconds']:,} s in all, in processes of one thread"
+        on = f" ({result['machine']})" if "machine" in result else ""
+        cost += f"; {result['seconds']:,} s in all, in processes of one thread{on}"
     return [*lines, cost + "."]
 
 

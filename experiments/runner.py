@@ -15,6 +15,8 @@ import inspect
 import itertools
 import json
 import os
+import platform
+import re
 import signal
 import sys
 import time
@@ -120,15 +122,27 @@ def run(experiment, args):
         left = (time.perf_counter() - start) / n * (len(todo) - n)
         about = f"{n:4}/{len(todo)}  seed {row['seed']}  {row['arm']:28} {'  '.join(found[:3])}"
         print(f"{about}  {row['seconds']:.0f} s  ({left:.0f} s left)", flush=True)
-    table, seconds = {}, 0
+    table = {}
     for arm, key, seed in planned:
-        row = table.setdefault(key, {k: v for k, v in arm.items() if k != "settings"})
+        fields = {k: v for k, v in arm.items() if k != "settings"}
+        row = table.setdefault(key, fields | {"seconds": [], "metrics": {}})
+        row["seconds"].append(finished[key, seed]["seconds"])
         for name, value in finished[key, seed]["metrics"].items():
-            row.setdefault("metrics", {}).setdefault(name, []).append(value)
-        seconds += finished[key, seed]["seconds"]
-    result = dict(experiment=experiment.name, seeds=[*range(args.seeds)], seconds=round(seconds))
-    report.write(args.out_dir / f"{experiment.name}.json", result | {"rows": [*table.values()]})
-    return [*table.values()]
+            row["metrics"].setdefault(name, []).append(value)
+    rows = [*table.values()]
+    about = dict(experiment=experiment.name, seeds=[*range(args.seeds)], torch=torch.__version__)
+    about |= dict(machine=machine(), seconds=round(sum(sum(row["seconds"]) for row in rows)))
+    report.write(args.out_dir / f"{experiment.name}.json", about | {"rows": rows})
+    return rows
+
+
+def machine():
+    """The name of what the numbers were computed on."""
+    if getattr(common.options, "device", "cpu") == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return (re.findall("model name\\s*: (.*)", text) or [platform.machine()])[0]
 
 
 def plan(experiment, args):

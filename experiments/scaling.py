@@ -9,18 +9,8 @@ differs between the sizes. README.md, "Size".
 
 import numpy as np
 
-from experiments import runner
-from experiments.common import accuracy, base, skill, skill_metrics, train_on_skill
-from experiments.settings import HIGH, LOW, grid
-
-
-def measure(seed, n_layer, n_embd, settings=None):
-    start = base(seed, n_layer=n_layer, n_embd=n_embd)
-    student, _ = train_on_skill(start, seed, settings)
-    metrics = skill_metrics(student, start, seed)
-    metrics["weights"] = sum(p.numel() for p in start.parameters())
-    metrics["teacher"] = accuracy(start, skill("X", "test", seed), "teacher_prompts")
-    return metrics
+from experiments import common, runner
+from experiments.settings import HIGH, RATES, grid
 
 
 def derive(metrics):
@@ -33,13 +23,13 @@ def derive(metrics):
 
 SIZES = {f"{d} x {w}": dict(n_layer=d, n_embd=w) for d, w in ((1, 128), (2, 32), (2, 64), (2, 128))}
 ARMS = [dict(arm=f"{size}, base", **fields) for size, fields in SIZES.items()]
-RATES_OF = {"sft": HIGH[1:], "sdft": LOW}
+RATES_OF = {"sft": HIGH[1:], "sdft": RATES[:4]}
 ARMS += [a for s, fields in SIZES.items() for a in grid(RATES_OF, condition=f"{s}, ", **fields)]
 SCALING = runner.Experiment(
     name="scaling",
     arms=ARMS,
-    measure=measure,
-    columns=["new", "prior", "sampled", "teacher", "weights"],
+    measure=common.measure,
+    columns=["new", "prior", "sampled", "teacher"],
     derive=derive,
     bases=[*reversed(SIZES.values())],
     choose_by=("val new", "val prior"),

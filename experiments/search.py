@@ -27,11 +27,10 @@ import torch
 
 from data import toy
 from experiments import report, runner
-from experiments.common import base, options, training
+from experiments.common import base, on_texts, options, sft_on_texts, training
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, grid
 from experiments.worlds import ATTEMPTS, BLIND, SEARCHED, score_search, search, searches
-from sdft import completion_logits, distill_loss, rollout
-from train_toy import sft
+from sdft import completion_logits, rollout
 
 # Updates after which X's test questions are asked. The last is the end: half of the schedule.
 LOOKS = (5, 10, 20, 40, 80, 160)
@@ -44,19 +43,6 @@ GATES = {  # what a base has to be able to do: lowest and highest value
 }
 
 # --- The arms ------------------------------------------------------------------------------------
-
-
-def on_texts(student, teacher, batch, generator, texts, divergence="reverse"):
-    """SDFT's loss on responses that were drawn before the training."""
-    tokens = torch.from_numpy(batch[texts])  # (B, C)
-    is_end = tokens == toy.EOS
-    mask = is_end.cumsum(1) - is_end.long() == 0  # up to and including the first end token
-    contexts = batch["prompts"], batch["teacher_prompts"]
-    return distill_loss(student, teacher, *contexts, tokens, mask, divergence)[0]
-
-
-def sft_on_texts(student, teacher, batch, generator, texts):
-    return sft(student, teacher, batch | {"demonstrations": batch[texts]}, generator)
 
 
 def draw_texts(start, data, seed):

@@ -1,8 +1,11 @@
 """Does one model collect skills? Each stage starts from where the last one ended.
 
     python -m experiments.sequential --seeds 5
+    python -m experiments.sequential toy --seeds 10
 
-sequential   X, Y and Z in turn. "X" to "prior" are after the last stage, "own" is the mean of every
+toy          train_toy.py, over seeds, with SFT in the model's own style beside it
+sequential   The same with the other experiments' world and settings, so that all methods have equal
+             updates. X, Y and Z in turn. "X" to "prior" are after the last stage, "end" is their mean without the prior, "own" is the mean of every
              skill right after its own, "after X: Y" the skill Y after stage X
 many_stages  Eight skills, then five of which the base was rarely right, 60 updates each. "own" is
              the mean over the eight right after their stages, "8" and "end" after stages 8 and 13;
@@ -15,7 +18,7 @@ import numpy as np
 
 from data import toy
 from experiments import report, runner
-from experiments.common import base, kl, skill, train_on_skill
+from experiments.common import base, kl, on_texts, skill, teacher_texts, train, train_on_skill
 from experiments.settings import METHODS, SDFT, SFT, SFT_OWN
 from experiments.worlds import COLD, HALF
 from train_toy import evaluate
@@ -33,8 +36,8 @@ def kl_prior(model, start, test):
 # --- Three skills --------------------------------------------------------------------------------
 
 
-def measure(seed, settings=None):
-    start = student = base(seed)
+def measure(seed, settings=None, world="skills"):
+    start = student = base(seed, world)
     test = {k: skill(k, "test", seed, n=100 if k in toy.PRIOR else 400) for k in toy.SKILLS}
     metrics = {}
     for name in toy.NEW if settings else []:
@@ -43,40 +46,61 @@ def measure(seed, settings=None):
         metrics |= {f"after {name}: {k}": value for k, value in after.items()}
     if settings:
         metrics["own"] = np.mean([metrics[f"after {k}: {k}"] for k in toy.NEW])
-    return metrics | accuracies(student, test) | {"KL prior": kl_prior(student, start, test)}
+    metrics |= accuracies(student, test) | {"KL prior": kl_prior(student, start, test)}
+    return metrics | {"end": np.mean([metrics[k] for k in toy.NEW])}
 
 
 def accuracies(model, test):
-    """Greedy accuracy on X, Y and Z, and the mean over the prior skills."""
+    """Greedy accuracy on every skill, and the mean over the prior ones."""
     accuracy, _ = evaluate(model, test)
-    return {k: accuracy[k] for k in toy.NEW} | {"prior": prior_of(accuracy)}
+    return accuracy | {"prior": prior_of(accuracy)}
 
 
 def derive(metrics):
-    """X in the unit of Fig. 3, per seed: 0 is the base, 1 the best of both after X's stage."""
-    start = np.array(metrics["base"]["X"])
-    best = np.maximum(*(metrics[arm]["after X: X"] for arm in ("sft", "sdft")))
-    for arm in ("sft", "sdft"):
-        unit = lambda metric: (metrics[arm][metric] - start) / np.maximum(best - start, 1 / 400)
-        metrics[arm] |= {"X kept": unit("X"), "half of own X": 0.5 * unit("after X: X")}
+    """What is kept, in the unit of Fig. 3, per seed: 0 is the base, 1 the best after the stage."""
+    for k in toy.NEW:
+        start = np.array(metrics["base"][k])
+        best = np.maximum(*(metrics[arm][f"after {k}: {k}"] for arm in ("sft", "sdft")))
+        for arm in ("sft", "sdft"):
+            metrics[arm][f"{k} kept"] = (metrics[arm][k] - start) / np.maximum(
+                best - start, 1 / 400
+            )
 
 
 def figure(rows, plt):
     base = rows[0]["metrics"]
     after = lambda row, c: [base[c], *(row["metrics"][f"after {k}: {c}"] for k in toy.NEW)]
     panels = {
-        row["arm"]: {c: after(row, c) for c in (*toy.NEW, "prior")}
+        row["arm"].replace("sft", "SFT").replace("sdFT", "SDFT"): {
+            c: after(row, c) for c in (*toy.NEW, "prior")
+        }
         for row in rows
         if row["arm"] in ("sft", "sdft", "sft, own style")
     }
     return report.panels_of_lines(plt, panels, ["base", *(f"after {k}" for k in toy.NEW)])
 
 
+COLUMNS = ["own", "X", "Y", "Z", "prior", "KL prior"]
 SEQUENTIAL = runner.Experiment(
     name="sequential",
     arms=[dict(arm="base"), *(dict(arm=k, settings=settings) for k, settings in METHODS.items())],
     measure=measure,
-    columns=["own", "X", "Y", "Z", "prior", "KL prior"],
+    columns=COLUMNS,
+    derive=derive,
+    figure=figure,
+)
+TOY_METHODS = {
+    "sft": SFT | dict(lr=1e-3, batch_size=64),
+    "sft, own style": SFT_OWN | dict(lr=1e-4, steps=60, batch_size=64),
+    "sdft": SDFT | dict(steps=80, batch_size=64),
+}
+TOY = runner.Experiment(
+    name="toy",
+    arms=[dict(arm="base", world="toy")]
+    + [dict(arm=k, world="toy", settings=settings) for k, settings in TOY_METHODS.items()],
+    measure=measure,
+    columns=COLUMNS,
+    bases=[dict(world="toy")],
     derive=derive,
     figure=figure,
 )
@@ -86,16 +110,18 @@ SEQUENTIAL = runner.Experiment(
 
 
 def measure_many(seed, settings=None, original=False):
+    """With the original base as every stage's teacher, or that of the stage's start."""
     start = student = teacher = base(seed)
-    if original:
-        settings = settings | dict(teacher=start)
+    settings = settings | dict(teacher=start) if original else settings
     stages, names = [*HALF, *reversed(COLD)], [*toy.PRIOR, *HALF]
     test = {k: skill(k, "test", seed, n=100) for k in names}
     half = lambda accuracy: np.mean([accuracy[k] for k in HALF])
     metrics, own, accuracy = {}, [], evaluate(student, test)[0]
     for i, name in enumerate(stages, 1):
         if settings:
-            student, teacher = train_on_skill(student, seed, settings, name)
+            data = skill(name, "train", seed, settings["style"])
+            data |= teacher_texts(start, data, seed)
+            student, teacher = train(student, data, seed, **settings)
             accuracy = evaluate(student, test)[0]
         metrics[f"prior {i}"] = prior_of(accuracy)
         if name in HALF:
@@ -116,6 +142,7 @@ def figure_of_many(rows, plt):
 
 SHORT = dict(steps=60)
 EMA = SDFT | SHORT | dict(lr=2e-4)
+FROZEN = EMA | dict(alpha=0.0)
 MANY_STAGES = runner.Experiment(
     name="many_stages",
     arms=[
@@ -123,8 +150,10 @@ MANY_STAGES = runner.Experiment(
         dict(arm="sft", settings=SFT | SHORT),
         dict(arm="sft, own style", settings=SFT_OWN | SHORT | dict(lr=2e-4)),
         dict(arm="sdft, EMA teacher", settings=EMA),
-        dict(arm="sdft, teacher of the stage's start", settings=EMA | dict(alpha=0.0)),
-        dict(arm="sdft, original teacher", settings=EMA | dict(alpha=0.0), original=True),
+        dict(arm="sdft, teacher of the stage's start", settings=FROZEN),
+        dict(arm="sdft, original teacher", settings=FROZEN, original=True),
+        dict(arm="offline, original teacher", original=True)
+        | dict(settings=FROZEN | dict(method=on_texts)),
     ],
     measure=measure_many,
     columns=["own", "8", "end", "prior 4", "prior 8", "prior 13", "teacher", "KL prior"],
@@ -132,4 +161,4 @@ MANY_STAGES = runner.Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(__doc__, SEQUENTIAL, MANY_STAGES)
+    runner.main(__doc__, TOY, SEQUENTIAL, MANY_STAGES)

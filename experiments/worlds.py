@@ -1,5 +1,6 @@
 """The experiments' worlds, beside the toy's (data/toy.py): more skills, long chains, facts, search.
 
+toy     That of data/toy.py.
 skills  As the toy's, with thirteen new skills: the toy's three and M to Q are right as often as
         there, R to V follow their own tables with shares from 0 to .6. Only W is unknown.
 long    Prompts of five digits, so that an answer has four steps; X is the only new skill.
@@ -28,6 +29,10 @@ def cold_skills(seed):
     """{name: share of own answers}: the levels change places with the seed."""
     levels = [*COLD.values()]
     return {name: levels[(i + seed) % len(levels)] for i, name in enumerate(COLD)}
+
+
+def toy_batch(rng, n, seed):
+    return toy.pretraining_batch(rng, n)
 
 
 def skills_batch(rng, n, seed):
@@ -240,4 +245,4 @@ def score_search(completions, data):
 
 # {world: (lines of pretraining, updates of pretraining)}
 WORLDS = {"skills": (skills_batch, 2600), "long": (long_batch, 2200), "facts": (facts_batch, 2800)}
-WORLDS |= {"search": (search_batch, 900)}
+WORLDS |= {"toy": (toy_batch, 2600), "search": (search_batch, 900)}
