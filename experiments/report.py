@@ -43,7 +43,6 @@ MARGINS = {
     "noise": 0.1,  # in lengths of the exact gradient
     "number": 0.0,
 }
-T_95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by n - 1
 
 
 # --- Claims and verdicts -------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def of_arms(experiment, result):
     if experiment.derive:
         experiment.derive(metrics)
     for row in rows:
-        metrics[row["arm"]]["end"] = row.get("end", False)
+        metrics[row["arm"]]["at the end"] = row.get("end", False)
     return metrics
 
 
@@ -106,7 +105,7 @@ def judge(claim, metrics):
 
     def shown(match):
         arm = claim.get(match[1], match[1]).partition(": ")[0]
-        found, end = values(match[1]), "*" * metrics.get(arm, {}).get("end", False)
+        found, end = values(match[1]), "*" * metrics.get(arm, {}).get("at the end", False)
         return (found if isinstance(found, str) else mean_and_spread(found)) + end
 
     here = re.sub(r"\{(.+?)\}", shown, claim["here"] or "{more} against {than}")
@@ -142,18 +141,25 @@ def verdict(differences, margin):
 
 def interval(values):
     """Mean of at least two seeds' values, and half the width of its 95% confidence interval."""
-    n = len(values)
-    t = T_95[n - 1] if n <= len(T_95) else 1.96 + 2.5 / (n - 1)
-    return np.mean(values), t * np.std(values, ddof=1) / np.sqrt(n)
+    v = len(values) - 1
+    x, tails = students_t(v)
+    t = v**0.5 * np.tan(x[np.argmax(tails <= 0.05)])
+    return np.mean(values), t * np.std(values, ddof=1) / len(values) ** 0.5
 
 
 def p_value(values):
-    """Of Student's t test that the mean is zero: for t = √v tan x, the density of x is cos^(v-1)."""
-    n, v = len(values), len(values) - 1
+    """Of the two-sided test that the mean of the seeds' values is zero."""
+    v = len(values) - 1
+    x, tails = students_t(v)
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return tails[np.searchsorted(x, np.arctan2(abs(np.mean(values)), error * v**0.5))]
+
+
+def students_t(v):
+    """x and P(|T| > √v tan x) for v degrees of freedom: the density of x is that of cos^(v-1)."""
     x = np.linspace(0, np.pi / 2, 100_001)
     density = np.cos(x) ** (v - 1)
-    beyond = x >= np.arctan2(abs(np.mean(values)) * n**0.5, np.std(values, ddof=1) * v**0.5)
-    return density[beyond].sum() / density.sum()
+    return x, density[::-1].cumsum()[::-1] / density.sum()
 
 
 def surviving(tests):

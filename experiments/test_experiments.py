@@ -4,7 +4,6 @@ What every one of them measures is in test_measures.py.
 """
 
 import json
-import math
 import pickle
 import re
 import signal
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import train_toy
 from data import toy
 from experiments import all as all_of_them
-from experiments import common, forgetting_law, kl, report, runner, seeds, settings
+from experiments import common, forgetting_law, kl, report, runner, sequential, settings, worlds
 from experiments.settings import chosen
 
 EXPERIMENTS = {e.name: e for e in all_of_them.EXPERIMENTS}
@@ -79,9 +79,10 @@ def test_every_experiment_runs_and_is_reported(name, folder, monkeypatch):
         for arm in experiment.arms
     ]
     lines = report.claims_table(REPORTED, {name: {"rows": rows, "seeds": [0, 1]}})
-    cells = [line[2:-2].split(" | ") for line in [*lines][2:] if report.MISSING not in line]
+    lines = [line for line in [*lines][2:] if line[:1] == "|" and report.MISSING not in line]
+    cells = [line[2:-2].split(" | ") for line in lines]
     assert cells or name == "search_rates"  # a sweep of rates claims nothing
-    assert all(re.match("yes|no |undecided|cannot", verdict) for *_, verdict, _ in cells)
+    assert all(re.match("yes|the reverse|no |undecided|cannot", c[3]) for c in cells)
     if experiment.figure:
         report.draw(experiment.figure, rows, folder / "figure.png")
         assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
@@ -111,8 +112,9 @@ def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys
     assert torch.get_num_threads() == 1  # so that numbers depend neither on --jobs nor on cores
     lines = (tmp_path / "fake.json").read_text().splitlines()
     a = dict(arm="a", family="f", rate=0.5, x=1, metrics={"accuracy": [0.1, 1.1], "odd": [1]})
-    assert json.loads(lines[1].rstrip(",")) == a and len(lines) == 4
-    assert (result["experiment"], result["seeds"], result["seconds"]) == ("fake", [0, 1], 0)
+    assert json.loads(lines[1].rstrip(",")) == a | dict(seconds=[0, 0]) and len(lines) == 4
+    about = dict(experiment="fake", seeds=[0, 1], seconds=0, torch=torch.__version__)
+    assert about.items() <= result.items() and result["machine"]
     printed = capsys.readouterr().out
     assert "4/4  seed 1  b" in printed and "| a at 0.5 | 0.60 ± 0.71 |" in printed
 
@@ -147,7 +149,7 @@ def test_only_what_changed_runs_again(fake, tmp_path):
         ({}, [(0, 1), (0, 2), (1, 1), (1, 2)]),
         (dict(arms=[dict(arm="a", x=3), b]), [(0, 3), (1, 3)]),
         (dict(arms=[a | dict(settings=dict(method=max))]), [(0, 1), (1, 1)]),
-        (dict(arms=[b], arguments=lambda p: p.set_defaults(device="cuda")), [(0, 2), (1, 2)]),
+        (dict(arms=[b], arguments=lambda p: p.set_defaults(device="mps")), [(0, 2), (1, 2)]),
         (dict(arms=[b], files=[data]), [(0, 2), (1, 2)]),
         (dict(arms=[b]), []),
     ]:
@@ -218,17 +220,39 @@ def test_settings_are_what_the_sweep_chose(family):
     assert settings.METHODS[family]["lr"] == rate
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10, 11, 30])
-def test_the_interval_covers_95_percent_of_students_t(n):
-    """The density of t with n - 1 degrees of freedom, integrated up to half the width."""
-    values, v = np.arange(n) / 10, n - 1
-    mean, half = report.interval(values)
-    t = half / (np.std(values, ddof=1) / math.sqrt(n))
-    x = np.linspace(0, t, 100001)
-    density = (1 + x**2 / v) ** (-(v + 1) / 2)
-    density *= math.gamma((v + 1) / 2) / math.gamma(v / 2) / math.sqrt(v * math.pi)
-    covered = 2 * (density.sum() - density[[0, -1]].mean()) * (x[1] - x[0])
-    assert mean == pytest.approx(v / 20) and covered == pytest.approx(0.95, abs=0.002)
+def test_a_choice_at_the_end_of_its_rates_is_marked():
+    """In tables and claims, by "*"; where one rate was tried there is no end."""
+    rows = [
+        dict(
+            arm=arm, rate=rate, metrics={"val": [value, value], "prior": [1, 1], "new": [0.5, 0.5]}
+        )
+        for arm, values in {"a": [0.1, 0.5, 0.2], "b": [0.1, 0.2, 0.5]}.items()
+        for rate, value in zip([1, 2, 3], values)
+    ]
+    rows.append(dict(arm="c", metrics={"new": [0.2, 0.2]}))
+    best = chosen(rows, ("val", "prior"))
+    assert [*map(report.label, best)] == ["a at 2", "b at 3*", "c"]
+    experiment = runner.Experiment("fake", [], None, [], choose_by=("val", "prior"))
+    metrics = report.of_arms(experiment, {"rows": rows})
+    claim = dict(metric="new", more="b", than="c", unit="accuracy", here="", cannot="")
+    here, _, verdict = report.judge(claim, metrics)
+    assert here == "0.50 ± 0.00* against 0.20 ± 0.00" and verdict.startswith("yes")
+
+
+def test_intervals_and_p_values_are_students():
+    """Two-sided .05 by the tables of Student's t; an interval that touches zero has p = .05."""
+    for n, t in {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 30: 2.045}.items():
+        values = np.arange(n) / 10
+        mean, half = report.interval(values)
+        assert half == pytest.approx(t * np.std(values, ddof=1) / n**0.5, rel=0.001)
+        assert report.p_value(values - mean + half) == pytest.approx(0.05, abs=1e-4)
+    assert report.p_value([0.0, 0.0, 0.0]) == pytest.approx(1) and report.p_value([1.0, 1.0, 1.0]) < 1e-4
+
+
+def test_yes_that_stand_by_benjamini_hochberg_and_by_holm():
+    """Of five p-values, by hand: thresholds .01 .02 .03 .04 .05, and .01 .0125 .0167 .025 .05."""
+    tests = [(0.021, True), (0.005, True), (0.035, False), (0.012, True), (0.2, True)]
+    assert report.surviving(tests) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +260,10 @@ def test_the_interval_covers_95_percent_of_students_t(n):
     [
         ([0.10, 0.12, 0.11], 0.02, "yes (+0.11 ± 0.02)"),
         ([0.10, 0.12, 0.11], 0.12, "undecided (+0.11 ± 0.02)"),
-        ([0.10, 0.12, 0.11], 0.2, "no (+0.11 ± 0.02)"),
-        ([-0.10, -0.12, -0.11], 0.02, "no (-0.11 ± 0.02)"),
+        ([0.10, 0.12, 0.11], 0.2, "no difference (+0.11 ± 0.02)"),
+        ([-0.10, -0.12, -0.11], 0.2, "no difference (-0.11 ± 0.02)"),
+        ([-0.10, -0.12, -0.11], 0.02, "the reverse (-0.11 ± 0.02)"),
+        ([-0.10, -0.12, -0.11], 0.0, "the reverse (-0.11 ± 0.02)"),
         ([0.5, -0.1, 0.2], 0.02, "undecided (+0.20 ± 0.75)"),
         ([0.5], 0.02, "cannot be tested here: one seed"),
         ([], 0.02, "cannot be tested here"),
@@ -252,13 +278,30 @@ def test_a_verdict_needs_interval_and_margin(differences, margin, expected):
 def test_a_claim_is_judged_seed_by_seed():
     """What all seeds share drops out; a cell names an arm, its own metric, or a number."""
     metrics = {"a": {"new": [0.9, 0.5, 0.1]}, "b, c": {"old": [0.7, 0.3, -0.1], "n": "3 of 5"}}
-    row = dict(metric="new", more="a", than="b, c: old", margin="0.02", here="", cannot="")
-    here = "0.50 ± 0.40 against 0.30 ± 0.40"
-    assert report.judge(row, metrics) == (here, "yes (+0.20 ± 0.00)")
-    row |= dict(than="0.2", here="{than} or {a} ({b, c: n})", margin="1")
-    here = "0.20 or 0.50 ± 0.40 (3 of 5)"
-    assert report.judge(row, metrics) == (here, "undecided (+0.30 ± 0.99)")
-    assert report.judge(row | dict(cannot="why"), metrics)[1] == "cannot be tested here: why"
+    row = dict(metric="new", more="a", than="b, c: old", unit="accuracy", here="", cannot="")
+    here, differences, verdict = report.judge(row, metrics)
+    assert (here, verdict) == ("0.50 ± 0.40 against 0.30 ± 0.40", "yes (+0.20 ± 0.00)")
+    assert differences == pytest.approx([0.2, 0.2, 0.2])
+    row |= dict(than="0.2", here="{than} or {a} ({b, c: n})", unit="number")
+    here, _, verdict = report.judge(row, metrics)
+    assert (here, verdict) == ("0.20 or 0.50 ± 0.40 (3 of 5)", "undecided (+0.30 ± 0.99)")
+    assert report.judge(row | dict(cannot="why"), metrics)[2] == "cannot be tested here: why"
+
+
+@pytest.mark.parametrize(
+    "more, than, unit, expected",
+    [
+        (0.99, 1.0, "accuracy", "cannot be tested here: both at the ceiling"),
+        (0.01, 0.0, "accuracy", "cannot be tested here: both at the floor"),
+        (0.97, 1.0, "accuracy", "the reverse"),
+        (0.97, 1.0, "facts", "cannot be tested here: both at the ceiling"),
+        (0.99, 1.0, "nats", "no difference"),
+    ],
+)
+def test_where_both_have_all_or_nothing_nothing_can_show(more, than, unit, expected):
+    metrics = {"a": {"new": [more, more]}, "b": {"new": [than, than]}}
+    row = dict(metric="new", more="a", than="b", unit=unit, here="", cannot="")
+    assert report.judge(row, metrics)[2].startswith(expected)
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -310,6 +353,15 @@ def test_the_readme_is_what_the_report_writes():
         assert (here / f"{name}.py").exists(), name
 
 
+def test_the_toy_over_seeds_is_that_of_train_toy():
+    """Its settings are the defaults of train_toy.py."""
+    args, methods = train_toy.parse_args([]), sequential.TOY_METHODS
+    for name, lr, steps in [("sft", args.sft_lr, args.sft_steps), ("sdft", args.lr, args.steps)]:
+        expected = dict(lr=lr, steps=steps, batch_size=args.batch_size, style="expert")
+        assert expected.items() <= methods[name].items()
+    assert worlds.WORLDS["toy"][1] == args.pretrain_steps and args.ema_alpha == 0.02
+
+
 @pytest.mark.parametrize("name", REPORTED)
 def test_committed_results_fit_the_code(name):
     """Every arm of the code is in the results, with its fields and a value per seed."""
@@ -321,7 +373,9 @@ def test_committed_results_fit_the_code(name):
             for metric, value in row["metrics"].items():
                 assert of_now["metrics"][metric] == pytest.approx(value)
         return
-    fields = lambda row: {k: v for k, v in row.items() if k not in ("settings", "metrics")}
+    fields = lambda row: {
+        k: v for k, v in row.items() if k not in ("settings", "metrics", "seconds")
+    }
     assert [*map(fields, result["rows"])] == [*map(fields, experiment.arms)]
     assert all(a["settings"]["lr"] == a["rate"] for a in experiment.arms if "rate" in a)
     for row in result["rows"]:
@@ -329,35 +383,3 @@ def test_committed_results_fit_the_code(name):
         for metric, values in row["metrics"].items():
             # Not every run gets to nine tenths of the facts.
             assert len(values) == seeds or metric.endswith(" .90") and values
-
-
-# --- seeds.py ------------------------------------------------------------------------------------
-
-
-def toy_run(folder, seed, x_at_the_end=0.75, lr=1e-4):
-    """A finished run: the base at 0.5, each skill at 1 after its own stage, X falling in steps."""
-    folder.mkdir()
-    row = dict(X=0.5, Y=0.5, Z=0.5, prior=1.0)
-    end = dict(X=x_at_the_end, Y=0.5, Z=1.0, prior=0.25)
-    stages = [row | dict(X=1.0), row | dict(X=0.9, Y=1.0), row | end]
-    config = dict(seed=seed, out_dir=str(folder), lr=lr)
-    results = {"config": config, "base": row, "sft": stages, "sdft": stages}
-    (folder / "results.json").write_text(json.dumps(results))
-    return str(folder)
-
-
-def test_toy_runs_have_means_worst_runs_and_the_papers_unit(tmp_path, capsys):
-    """X ends at .75 and .85: kept (.75 - .5) / (1 - .5) = .5 and .7. Other settings are refused."""
-    runs = [toy_run(tmp_path / "a", 0, 0.75), toy_run(tmp_path / "b", 1, 0.85)]
-    seeds.main([*runs, f"--figure={tmp_path / 'toy.png'}"])
-    table = capsys.readouterr().out
-    for line in [
-        "| X, own | 0.50 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.00 | 1.00 |",
-        "| X at the end | 0.50 ± 0.00 | 0.80 ± 0.07 | 0.80 ± 0.07 | 0.75 | 0.75 |",
-        "| X kept |  | 0.60 ± 0.14 | 0.60 ± 0.14 | 0.50 | 0.50 |",
-        "| prior at the end | 1.00 ± 0.00 | 0.25 ± 0.00 | 0.25 ± 0.00 | 0.25 | 0.25 |",
-    ]:
-        assert line in table.splitlines()
-    assert (tmp_path / "toy.png").exists()
-    with pytest.raises(SystemExit, match="differ in more than the seed"):
-        seeds.main([*runs, toy_run(tmp_path / "c", 2, lr=1e-3)])
