@@ -12,17 +12,14 @@ context    What the teacher reads: `?cjA!eh.=` the article, `?cjA!b.=` the answe
 README.md, "Facts" and "What the teacher must read".
 """
 
-import copy
-
 import numpy as np
 import torch
 
-from experiments import common, runner
+from experiments import runner
 from experiments.common import base, train
 from experiments.settings import RATES, SDFT, SDFT_FORWARD, SFT, SFT_OWN, grid
 from experiments.worlds import facts, is_last_correct
-from sdft import clip_and_step
-from train_toy import adamw, evaluate, sdft, set_learning_rate, sft
+from train_toy import evaluate, sdft, sft
 
 
 def measure(seed, settings=None, reads=None):
@@ -40,31 +37,12 @@ def taught(start, seed, settings, text="both"):
         data = facts(part, seed, reads=text)
         if settings.get("style") == "own":
             data["demonstrations"] = data["answers"]
-        learn = take_turns if "rehearse" in settings else train
-        student, _ = learn(start, data, seed, **settings)
+        n = len(data["prompts"])
+        data["known"] = facts("known", seed)["prompts"].reshape(n, 3, -1)
+        student, _ = train(start, data, seed, **settings)
         found = scores(student, seed, part)
         metrics |= found if part == "new" else {f"val {k}": found[k] for k in ("strict", "known")}
     return metrics
-
-
-def take_turns(start, data, seed, *, method, lr, steps, rehearse, style=None):
-    """As `train`, with an update on known facts after every one on new facts."""
-    student, known = copy.deepcopy(start), facts("known", seed)["prompts"]
-    optimizer = adamw(student, lr, weight_decay=0.0)
-    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
-    steps = min(steps, 3) if common.options.quick else steps
-    for step in range(1, steps + 1):
-        set_learning_rate(optimizer, lr, step, steps)
-        rows = rng.choice(len(data["prompts"]), len(data["prompts"]), replace=False)
-        new = {key: values[rows] for key, values in data.items()}
-        asked = known[torch.randint(len(known), (len(rows),), generator=generator).numpy()]
-        # On known facts the base is the teacher, and reads no text either.
-        old = new | dict(prompts=asked, teacher_prompts=asked)
-        for loss_of, batch in ((method, new), (sdft, old)):
-            loss = loss_of(student, start, batch, generator)
-            loss.backward()
-            clip_and_step(student, optimizer, loss.item())
-    return student, start
 
 
 def scores(student, seed, part="new", reads=None):
@@ -87,12 +65,19 @@ def continued_pretraining(student, teacher, batch, generator):
     return sft(student, teacher, dict(prompts=text[:, :1], demonstrations=text[:, 1:]), generator)
 
 
-TURNS = dict(steps=160, rehearse=True)
+def with_known(student, teacher, batch, generator, new):
+    """The loss `new`, and SDFT's on known facts, where the base is the teacher and reads no text."""
+    asked = batch["known"][:, torch.randint(3, (), generator=generator)]
+    known = batch | dict(prompts=asked, teacher_prompts=asked)
+    return (new(student, teacher, batch, generator) + sdft(student, teacher, known, generator)) / 2
+
+
 METHODS = {"sft": SFT, "sft, own style": SFT_OWN, "cpt": SFT | dict(method=continued_pretraining)}
 METHODS |= {"sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
 METHODS |= {"sdft, frozen teacher": SDFT | dict(alpha=0.0)}
-METHODS |= {"sdft + known": TURNS | dict(method=sdft), "sft + known": TURNS | dict(method=sft)}
-METHODS |= {"sft, own style + known": TURNS | dict(method=sft, style="own")}
+for name, style in {"sft": "expert", "sft, own style": "own", "sdft": "expert"}.items():
+    new = dict(method=with_known, new=METHODS[name]["method"], style=style)
+    METHODS[f"{name} + known"] = SDFT | dict(alpha=0.0) | new
 KNOWLEDGE = runner.Experiment(
     name="knowledge",
     arms=[

@@ -39,6 +39,7 @@ MARGINS = {
     "accuracy": 0.02,  # two standard errors of one near .95, on 400 answers
     "facts": 0.05,  # one of 20
     "found": 0.05,  # two standard errors on 40 questions, asked ten times
+    "gap": 0.02,  # of two accuracies
     "nats": 0.1,
     "noise": 0.1,  # in lengths of the exact gradient
     "number": 0.0,

@@ -172,11 +172,11 @@ METHODS = {
     "forced failures": OFFLINE | dict(texts="after failures"),
     "sft, searching": SFT | dict(method=sft_on_texts, texts="answers"),
 }
-RATES = (2e-5, 6e-5, 2e-4, 6e-4)
+RATES = (6e-6, 2e-5, 6e-5, 2e-4, 6e-4)
 TOLD = ("sft", "sft, teacher's samples", "offline", "offline, forward KL")
-RATES_OF = {name: (6e-6, *RATES) if name in TOLD else RATES for name in METHODS}
-# By `search_rates`; what learns from texts without a failure finds most at the lowest rate.
-CHOSEN = {name: 6e-6 if name in TOLD else 6e-5 for name in METHODS}
+# By `search_rates`. What learns from texts without a failure finds most at the lowest rate.
+CHOSEN = dict.fromkeys(METHODS, 6e-5) | dict.fromkeys(TOLD, 6e-6)
+CHOSEN |= dict.fromkeys(["stale", "forced failures"], 2e-5)
 ARMS = [dict(arm="base"), *grid({name: [rate] for name, rate in CHOSEN.items()}, METHODS)]
 for name in TOLD:
     ARMS += [dict(arm=f"{name}, at SDFT's rate", settings=METHODS[name] | dict(lr=6e-5))]
@@ -214,7 +214,7 @@ SEARCH = runner.Experiment(
 )
 SEARCH_RATES = runner.Experiment(
     name="search_rates",
-    arms=grid(RATES_OF, METHODS),
+    arms=grid(dict.fromkeys(METHODS, RATES), METHODS),
     measure=measure,
     columns=["val found", "found", "gave up", "prior found", "train first"],
     bases=[dict(world="search")],

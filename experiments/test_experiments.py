@@ -16,7 +16,17 @@ import torch
 import train_toy
 from data import toy
 from experiments import all as all_of_them
-from experiments import common, forgetting_law, kl, report, runner, sequential, settings, worlds
+from experiments import (
+    common,
+    forgetting_law,
+    kl,
+    report,
+    runner,
+    search,
+    sequential,
+    settings,
+    worlds,
+)
 from experiments.settings import chosen
 
 EXPERIMENTS = {e.name: e for e in all_of_them.EXPERIMENTS}
@@ -212,12 +222,12 @@ def test_a_base_is_reused_from_its_file(tmp_path, capsys):
 # --- Settings and verdicts -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", settings.METHODS)
-def test_settings_are_what_the_sweep_chose(family):
-    """The constants of settings.py against the committed results."""
-    best = chosen(RESULTS["pareto"]["rows"], EXPERIMENTS["pareto"].choose_by)
-    [rate] = [row["rate"] for row in best if row["arm"] == family]
-    assert settings.METHODS[family]["lr"] == rate
+def test_settings_are_what_the_sweeps_chose():
+    """The constants of settings.py and search.py against the committed results."""
+    rates = {family: method["lr"] for family, method in settings.METHODS.items()}
+    for sweep, constants in {"pareto": rates, "search_rates": search.CHOSEN}.items():
+        best = chosen(RESULTS[sweep]["rows"], EXPERIMENTS[sweep].choose_by)
+        assert {row["arm"]: row["rate"] for row in best if row["arm"] in constants} == constants
 
 
 def test_a_choice_at_the_end_of_its_rates_is_marked():
@@ -246,7 +256,10 @@ def test_intervals_and_p_values_are_students():
         mean, half = report.interval(values)
         assert half == pytest.approx(t * np.std(values, ddof=1) / n**0.5, rel=0.001)
         assert report.p_value(values - mean + half) == pytest.approx(0.05, abs=1e-4)
-    assert report.p_value([0.0, 0.0, 0.0]) == pytest.approx(1) and report.p_value([1.0, 1.0, 1.0]) < 1e-4
+    assert (
+        report.p_value([0.0, 0.0, 0.0]) == pytest.approx(1)
+        and report.p_value([1.0, 1.0, 1.0]) < 1e-4
+    )
 
 
 def test_yes_that_stand_by_benjamini_hochberg_and_by_holm():
