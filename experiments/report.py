@@ -290,6 +290,7 @@ def take_over(run):
     if not results:
         command = f"python -m experiments.all --out_dir {run}"
         raise ValueError(f"there are no results in {run}; make them with: {command}")
+    check(results)
     for path in run.glob("*.png"):
         shutil.copy(path, FIGURES)
     if {*forgetting_law.SOURCES} <= {*results}:
@@ -305,6 +306,17 @@ def load(folder):
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
+def check(results):
+    """Raises ValueError if a result has other arms than its experiment."""
+    from experiments.all import REPORTED  # these modules need this one
+
+    about = ("settings", "metrics", "seconds")
+    fields = lambda rows: [{k: v for k, v in row.items() if k not in about} for row in rows]
+    for e in REPORTED:
+        if e.arms and e.name in results and fields(results[e.name]["rows"]) != fields(e.arms):
+            raise ValueError(f"{e.name}.json has other arms than its code; run {e.name} again")
+
+
 def write(path, result):
     """A JSON file with one row a line."""
     about = json.dumps({k: v for k, v in result.items() if k != "rows"})
@@ -317,6 +329,7 @@ def rewritten(text, results):
     """The README with fresh tables in its marked parts: <!-- NAME --> ... <!-- end -->."""
     from experiments.all import REPORTED  # these modules need this one
 
+    check(results)
     experiments = {e.name: e for e in REPORTED}
     for name in re.findall(r"<!-- (?!end)(\w+) -->\n", text):
         if name == "claims":

@@ -335,7 +335,7 @@ def test_the_report_changes_its_parts_alone():
 
 
 def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
-    """Its results and figures; a run with a damaged file changes nothing."""
+    """Its results and figures; a run with a damaged or an older file changes nothing."""
     run = tmp_path / "run"
     for name in ("RESULTS", "FIGURES", "README"):
         monkeypatch.setattr(report, name, tmp_path / name)
@@ -346,6 +346,9 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
         report.write(run / f"{name}.json", RESULTS[name])
     (run / "kl.json").write_text("{")
     with pytest.raises(SystemExit, match="error: "):
+        report.main([str(run)])
+    report.write(run / "kl.json", RESULTS["kl"] | {"rows": RESULTS["kl"]["rows"][1:]})
+    with pytest.raises(SystemExit, match="kl.json has other arms than its code; run kl again"):
         report.main([str(run)])
     assert not [*report.RESULTS.iterdir()]
     report.write(run / "kl.json", RESULTS["kl"])
