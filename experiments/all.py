@@ -7,8 +7,8 @@ Each result has its "seconds", summed over processes. With names behind it, only
 """
 
 from experiments import runner
-from experiments.cold_start import COLD_START
-from experiments.demonstrations import DEMONSTRATIONS, MISMATCH
+from experiments.bases import COLD_START, SCALING
+from experiments.demonstrations import DEMONSTRATIONS, MISMATCH, REASONING
 from experiments.forgetting_law import FORGETTING_LAW
 from experiments.kl import ESTIMATORS, KL
 from experiments.knowledge import CONTEXT, KNOWLEDGE
@@ -17,8 +17,6 @@ from experiments.pareto import PARETO
 from experiments.pass_at_k import PASS_AT_K
 from experiments.real_controls import REAL_CONTROLS, REAL_GRID
 from experiments.real_model import REAL_MODEL
-from experiments.reasoning import REASONING
-from experiments.scaling import SCALING
 from experiments.search import SEARCH, SEARCH_RATES
 from experiments.sequential import MANY_STAGES, SEQUENTIAL, TOY
 from experiments.teacher import TEACHER, TEACHER_WEIGHTS

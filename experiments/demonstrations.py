@@ -1,17 +1,22 @@
-"""Demonstrations: how many does it take, and what do bad ones do?
+"""Demonstrations: how many does it take, what do bad ones do, and bare answers?
 
     python -m experiments.demonstrations --seeds 5
 
 demonstrations  8 to 400 of them, on skill X; 160 updates for every number
 mismatch        a share of them is spoiled, see `spoil` in worlds.py. "teacher, training" is the
                 final teacher's accuracy with the training's, spoiled ones included
+reasoning       With prompts of 5 digits, whose answers are three reasoning steps and a result, they
+                hold the result only, `i.`, or in the model's own style `8.`. An answer counts if it
+                ends and its last token is the result, with reasoning (5 tokens) or without (2)
 
-README.md, "Few demonstrations" and "Bad demonstrations".
+README.md, "Few demonstrations", "Bad demonstrations" and "Answer-only demonstrations".
 """
+
+import numpy as np
 
 from experiments import common, report, runner
 from experiments.common import on_texts
-from experiments.settings import LOW, METHODS, RATES, SDFT, chosen, grid
+from experiments.settings import HIGH, LOW, METHODS, RATES, SDFT, SFT_OWN, chosen, grid
 
 
 def figure(rows, plt):
@@ -53,5 +58,31 @@ MISMATCH = runner.Experiment(
     columns=["new", "prior", "sampled", "teacher, training", "KL"],
 )
 
+# --- Bare answers --------------------------------------------------------------------------------
+
+
+def derive(metrics):
+    metrics["base"][".95 of the length"] = 0.95 * np.array(metrics["base"]["length"])
+
+
+WORLD = dict(world="long", lenient=True)
+SHORT_RATES = {
+    "sft": HIGH,
+    "sft, own style": HIGH,
+    "sdft": RATES[:4],
+    "sdft, forward KL": RATES[:4],
+}
+SHORT = {name: METHODS[name] | dict(style="short") for name in SHORT_RATES}
+SHORT["sft, own style"] = SFT_OWN | dict(style="short, own")
+REASONING = runner.Experiment(
+    name="reasoning",
+    arms=[dict(arm="base", **WORLD), *grid(SHORT_RATES, SHORT, **WORLD)],
+    measure=common.measure,
+    columns=["new", "sampled", "prior", "length", "teacher"],
+    bases=[dict(world="long")],
+    choose_by=("val new", "val prior"),
+    derive=derive,
+)
+
 if __name__ == "__main__":
-    runner.main(__doc__, DEMONSTRATIONS, MISMATCH)
+    runner.main(__doc__, DEMONSTRATIONS, MISMATCH, REASONING)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from data import toy
 from experiments import (
-    cold_start,
+    bases,
     common,
     demonstrations,
     kl,
@@ -23,8 +23,6 @@ from experiments import (
     on_policy,
     pareto,
     pass_at_k,
-    reasoning,
-    scaling,
     sequential,
     teacher,
     worlds,
@@ -257,13 +255,13 @@ def test_collapsed_is_below_half_of_the_base():
     "experiment, name, rate, expected",
     [
         (demonstrations.DEMONSTRATIONS, "8, sft, own style", 6e-5, ("X", "own", 3, 8)),
-        (cold_start.COLD_START, "0.3, sft", 2e-3, ("T", "expert", 3, 10)),
+        (bases.COLD_START, "0.3, sft", 2e-3, ("T", "expert", 3, 10)),
         (on_policy.ON_POLICY, "5 digits, offline", 6e-5, ("X", "expert", 5, 10)),
         (on_policy.ON_POLICY, "3 digits, sft, offline", 2e-4, ("X", "expert", 3, 10)),
-        (reasoning.REASONING, "sdft", 2e-4, ("X", "short", 5, 10)),
+        (demonstrations.REASONING, "sdft", 2e-4, ("X", "short", 5, 10)),
         (pareto.PARETO, "another table, sdft", None, ("Y", "expert", 3, 10)),
         (teacher.TEACHER, "sft, own style", None, ("X", "own", 3, 10)),
-        (scaling.SCALING, "2 x 32, sdft", 6e-5, ("X", "expert", 3, 10)),
+        (bases.SCALING, "2 x 32, sdft", 6e-5, ("X", "expert", 3, 10)),
         (pass_at_k.PASS_AT_K, "sdft, forward KL", None, ("X", "expert", 3, 10)),
     ],
 )
