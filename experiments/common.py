@@ -80,11 +80,8 @@ def code_of(paths):
 
 
 def skill(name, split, seed, style="expert", n=400, world="skills"):
-    """The first n rows of a skill's data, see `toy.skill`; "short, own" is a bare result."""
-    is_short = style == "short, own"
-    data = toy.skill(name, split, seed, "own" if is_short else style, worlds.N_DIGITS[world])
-    if is_short:
-        data["demonstrations"] = data["demonstrations"][:, -2:]
+    """The first n rows of a skill's data, see `toy.skill`."""
+    data = toy.skill(name, split, seed, style, worlds.N_DIGITS[world])
     return worlds.first_rows(data, min(n, 10) if options.quick else n)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import common, report, runner
 from experiments.common import on_texts
-from experiments.settings import HIGH, LOW, METHODS, RATES, SDFT, SFT_OWN, chosen, grid
+from experiments.settings import HIGH, LOW, METHODS, MIDDLE, RATES, SDFT, chosen, grid
 
 
 def figure(rows, plt):
@@ -24,9 +24,9 @@ def figure(rows, plt):
     return report.new_and_prior(rows, plt, "n", "demonstrations")
 
 
-RATES_OF = {"sft": (6e-6, *RATES[:5])}
+RATES_OF = {"sft": RATES[:5]}
 RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], LOW)
-NUMBERS = (8, 32, 128, 400)
+NUMBERS = (8, 16, 32, 64, 128, 400)
 DEMONSTRATIONS = runner.Experiment(
     name="demonstrations",
     arms=[dict(arm="base"), *(a for n in NUMBERS for a in grid(RATES_OF, condition=f"{n}, ", n=n))],
@@ -66,19 +66,13 @@ def derive(metrics):
 
 
 WORLD = dict(world="long", lenient=True)
-SHORT_RATES = {
-    "sft": HIGH,
-    "sft, own style": HIGH,
-    "sdft": RATES[:4],
-    "sdft, forward KL": RATES[:4],
-}
+SHORT_RATES = {"sft": HIGH, "sdft": MIDDLE, "sdft, forward KL": MIDDLE}
 SHORT = {name: METHODS[name] | dict(style="short") for name in SHORT_RATES}
-SHORT["sft, own style"] = SFT_OWN | dict(style="short, own")
 REASONING = runner.Experiment(
     name="reasoning",
     arms=[dict(arm="base", **WORLD), *grid(SHORT_RATES, SHORT, **WORLD)],
     measure=common.measure,
-    columns=["new", "sampled", "prior", "length", "teacher"],
+    columns=["new", "sampled", "prior", "length"],
     bases=[dict(world="long")],
     choose_by=("val new", "val prior"),
     derive=derive,

@@ -21,7 +21,7 @@ import torch
 from data import toy
 from experiments import common, runner
 from experiments.common import base, skill, skill_metrics, train
-from experiments.settings import LOW, SDFT, SDFT_FORWARD, SDFT_JSD, grid
+from experiments.settings import RATES, SDFT, SDFT_FORWARD, SDFT_JSD, grid
 from experiments.worlds import first_rows
 from sdft import completion_logits, rollout
 from train_toy import sdft
@@ -96,7 +96,7 @@ LOSSES = {"sampled token": sampled_token, "REINFORCE": reinforce, "four response
 METHODS |= {f"reverse, {name}": SDFT | dict(method=method) for name, method in LOSSES.items()}
 KL = runner.Experiment(
     name="kl",
-    arms=grid(dict.fromkeys(METHODS, LOW), METHODS),
+    arms=grid(dict.fromkeys(METHODS, RATES[:3]), METHODS),
     measure=measure,
     columns=["new", "prior", "sampled", "KL", "noise"],
     choose_by=("val new", "val prior"),

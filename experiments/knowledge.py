@@ -17,7 +17,7 @@ import torch
 
 from experiments import runner
 from experiments.common import base, train
-from experiments.settings import RATES, SDFT, SDFT_FORWARD, SFT, SFT_OWN, grid
+from experiments.settings import HIGH, MIDDLE, SDFT, SDFT_FORWARD, SFT, SFT_OWN, grid
 from experiments.worlds import facts, is_last_correct
 from train_toy import evaluate, sdft, sft
 
@@ -78,13 +78,11 @@ METHODS |= {"sdft, frozen teacher": SDFT | dict(alpha=0.0)}
 for name, style in {"sft": "expert", "sft, own style": "own", "sdft": "expert"}.items():
     new = dict(method=with_known, new=METHODS[name]["method"], style=style)
     METHODS[f"{name} + known"] = SDFT | dict(alpha=0.0) | new
+RATES_OF = dict.fromkeys(METHODS, HIGH)
+RATES_OF |= dict.fromkeys(["sft, own style", "sft + known", "sft, own style + known"], MIDDLE)
 KNOWLEDGE = runner.Experiment(
     name="knowledge",
-    arms=[
-        dict(arm="base"),
-        dict(arm="oracle", reads="article"),
-        *grid(dict.fromkeys(METHODS, RATES[1:5]), METHODS),
-    ],
+    arms=[dict(arm="base"), dict(arm="oracle", reads="article"), *grid(RATES_OF, METHODS)],
     measure=measure,
     columns=["strict", "lenient", "OOD", "known", "val strict", "val known"],
     bases=[dict(world="facts")],
@@ -104,7 +102,7 @@ def measure_context(seed, text, settings):
 TEXTS = {"answer only": "answer", "article only": "article", "both": "both"}
 CONTEXT = runner.Experiment(
     name="context",
-    arms=[a for k, text in TEXTS.items() for a in grid({k: RATES[2:5]}, {k: SDFT}, text=text)],
+    arms=[a for k, text in TEXTS.items() for a in grid({k: MIDDLE[1:]}, {k: SDFT}, text=text)],
     measure=measure_context,
     columns=["strict", "lenient", "OOD", "known", "teacher"],
     bases=[dict(world="facts")],

@@ -5,7 +5,7 @@
 
 toy          train_toy.py, over seeds, with SFT in the model's own style beside it
 sequential   The same with the other experiments' world and settings, so that all methods have equal
-             updates. X, Y and Z in turn. "X" to "prior" are after the last stage, "end" is their mean without the prior, "own" is the mean of every
+             updates. X, Y and Z in turn. "X" to "prior" are after the last stage, "own" is the mean of every
              skill right after its own, "after X: Y" the skill Y after stage X
 many_stages  Eight skills, then five of which the base was rarely right, 60 updates each. "own" is
              the mean over the eight right after their stages, "8" and "end" after stages 8 and 13;
@@ -46,8 +46,7 @@ def measure(seed, settings=None, world="skills"):
         metrics |= {f"after {name}: {k}": value for k, value in after.items()}
     if settings:
         metrics["own"] = np.mean([metrics[f"after {k}: {k}"] for k in toy.NEW])
-    metrics |= accuracies(student, test) | {"KL prior": kl_prior(student, start, test)}
-    return metrics | {"end": np.mean([metrics[k] for k in toy.NEW])}
+    return metrics | accuracies(student, test) | {"KL prior": kl_prior(student, start, test)}
 
 
 def accuracies(model, test):
@@ -57,14 +56,13 @@ def accuracies(model, test):
 
 
 def derive(metrics):
-    """What is kept, in the unit of Fig. 3, per seed: 0 is the base, 1 the best after the stage."""
-    for k in toy.NEW:
-        start = np.array(metrics["base"][k])
-        best = np.maximum(*(metrics[arm][f"after {k}: {k}"] for arm in ("sft", "sdft")))
-        for arm in ("sft", "sdft"):
-            metrics[arm][f"{k} kept"] = (metrics[arm][k] - start) / np.maximum(
-                best - start, 1 / 400
-            )
+    """The mean at the end, and X kept in the unit of Fig. 3: 0 is the base, 1 the best after X."""
+    for of_arm in metrics.values():
+        of_arm["end"] = np.mean([of_arm[k] for k in toy.NEW], 0)
+    start = np.array(metrics["base"]["X"])
+    best = np.maximum(*(metrics[arm]["after X: X"] for arm in ("sft", "sdft")))
+    for arm in ("sft", "sdft"):
+        metrics[arm]["X kept"] = (metrics[arm]["X"] - start) / np.maximum(best - start, 1 / 400)
 
 
 def figure(rows, plt):

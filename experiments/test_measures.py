@@ -288,12 +288,6 @@ def test_an_arm_learns_its_skill_in_its_style(experiment, name, rate, expected, 
         assert np.array_equal(learned["teacher's"], data["answers"][:n])
 
 
-def test_bare_answers_in_own_style_are_the_results():
-    """`8.` where the full demonstration is `4788.`."""
-    bare = common.skill("X", "train", 0, "short, own", world="long")["demonstrations"]
-    assert (bare == of_skill("X", "train", "own", 5)["demonstrations"][:, -2:]).all()
-
-
 # --- Losses and estimators -----------------------------------------------------------------------
 
 
