@@ -2,8 +2,8 @@
 
     python -m experiments.kl --seeds 5
 
-kl          Skill X, every loss at three rates; "four responses" has 8 prompts in a batch, all
-            others 32. "noise" is the variance of the gradient over rollouts of one minibatch,
+kl          Skill X at SDFT's rate, sampled tokens at two more; "four responses" has 8 prompts in
+            a batch, all others 32. "noise" is the variance of the gradient over rollouts of one minibatch,
             summed over the weights, as a multiple of the squared length of the mean gradient, at
             the base's weights
 estimators  Four estimates of the gradient of Eq. (1), the KL between whole responses (App. A.1),
@@ -94,9 +94,11 @@ def gradient_noise(model, loss, draws):
 METHODS = {"reverse": SDFT, "forward": SDFT_FORWARD, "jsd": SDFT_JSD}
 LOSSES = {"sampled token": sampled_token, "REINFORCE": reinforce, "four responses": four_responses}
 METHODS |= {f"reverse, {name}": SDFT | dict(method=method) for name, method in LOSSES.items()}
+RATES_OF = dict.fromkeys(METHODS, RATES[1:2])
+RATES_OF |= dict.fromkeys(["reverse, sampled token", "reverse, REINFORCE"], RATES[:3])
 KL = runner.Experiment(
     name="kl",
-    arms=grid(dict.fromkeys(METHODS, RATES[:3]), METHODS),
+    arms=grid(RATES_OF, METHODS),
     measure=measure,
     columns=["new", "prior", "sampled", "KL", "noise"],
     choose_by=("val new", "val prior"),
