@@ -24,14 +24,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.distributed as dist
 
 from data import files, watch
 from data.scoring import contains
 from gpt2 import checkpoint, evaluate, fast, lora
-from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch, read_template, to_bytes
+from gpt2.data import TEMPLATES, RowReader, minibatch, read_template
+from gpt2.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 
 
@@ -69,13 +69,12 @@ def parse_args(argv=None):
     p.add_argument("--ood", help="JSONL of prompt and answer that asks for the same in other words")
     p.add_argument("--eval", help="JSONL of prior abilities: text, or prompt and answer")
     p.add_argument("--old", nargs="+", metavar="FILE", help="JSONL like --test, of earlier tasks")
+    p.add_argument("--eval_rows", type=positive, default=200, help="most rows of a set to score")
     p.add_argument("--skip_long", action="store_true", help="drop and count rows that do not fit")
     p.add_argument("--out_dir", help="folder for everything that is written")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     p.add_argument("--report", nargs="+", metavar="RUN", help="print a table of finished runs")
-    p.add_argument(
-        "--keep", choices=("last", "best"), default="last", help="also what scored best, in best/"
-    )
+    p.add_argument("--keep", choices=("last", "best"), default="last", help="best: also in best/")
     # The method.
     p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="or SFT to compare")
     divergences, teachers = ("reverse", "forward", "jsd"), ("ema", "frozen", "live")
@@ -83,12 +82,8 @@ def parse_args(argv=None):
     p.add_argument("--teacher", choices=teachers, default="ema", help="EMA, start or the student")
     p.add_argument("--ema_alpha", type=share, default=0.02, help="the student's share in the EMA")
     reads = p.add_mutually_exclusive_group()
-    reads.add_argument(
-        "--teacher_reads", choices=tuple(TEMPLATES), default="both", help="beside the prompt"
-    )
-    reads.add_argument(
-        "--teacher_template", metavar="FILE", help="text of {prompt}, {demonstration}, {article}"
-    )
+    reads.add_argument("--teacher_reads", choices=TEMPLATES, default="both", help="its prompt")
+    reads.add_argument("--teacher_template", metavar="FILE", help="or a text with {prompt} etc.")
     p.add_argument("--skip_tokens", type=natural, default=0, help="first tokens without loss")
     p.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="of sampling")
     p.add_argument("--max_new_tokens", type=positive, default=64, help="a response's most tokens")
@@ -175,8 +170,8 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
-    enc: tiktoken.Encoding
-    sets: dict  # "train", "test", "ood", "prior", "old FILE" ...: rows of gpt2/data.py
+    tokenizer: Tokenizer
+    sets: dict  # of `read_sets`
     start: GPT | None  # of --init_from, if training needs it at every step
     student: GPT
     teacher: GPT | None  # None for SFT
@@ -190,16 +185,12 @@ class Run:
 def prepare(args, saved, device):
     """Read and check all that a run needs, from the start or from the checkpoint `saved`."""
     student = fast.save_memory(checkpoint.load_model(args.init_from).to(device))
-    enc, c = load_encoding(checkpoint.source_folder(args.init_from)), student.config
-    if enc.n_vocab > c.vocab_size:
-        raise ValueError(
-            f"--init_from {args.init_from} has a vocabulary of {c.vocab_size} tokens, the encoding "
-            f"{enc.n_vocab}; put the model's vocab.json and merges.txt into its folder"
-        )
+    c = student.config
+    tokenizer = load_tokenizer(checkpoint.source_folder(args.init_from), c.vocab_size)
     base = checkpoint.load_model(args.base).config if args.base else c
     if (base.vocab_size, base.block_size) != (c.vocab_size, c.block_size):
         raise ValueError("--base must have the vocab_size and n_positions of --init_from")
-    sets = read_sets(args, enc, c.block_size)
+    sets = read_sets(args, tokenizer, c.block_size)
     if args.keep == "best" and not sets["test"]:
         raise ValueError("--keep best needs a score: name --test, or add answers to --data")
 
@@ -213,29 +204,38 @@ def prepare(args, saved, device):
     elif args.method == "sdft":
         teacher = lora.share(student).requires_grad_(False)
     optimizer = make_optimizer(student, args)
-    run = Run(args, device, enc, sets, start, student, teacher, optimizer)
+    run = Run(args, device, tokenizer, sets, start, student, teacher, optimizer)
     if saved:
         restore(run, saved)
     return run
 
 
-def read_sets(args, enc, block_size):
+def read_sets(args, tokenizer, block_size):
+    """{"train", "test", "ood", "as_teacher", "texts", "questions", "old FILE" ...: rows}."""
     template = TEMPLATES[args.teacher_reads]
     if args.teacher_template:
         template = read_template(args.teacher_template)
-    imitates = args.method == "sft"
-    reader = RowReader(enc, block_size, args.max_new_tokens, template, imitates, args.skip_long)
+    sizes, imitates = (block_size, args.max_new_tokens), args.method == "sft"
+    reader = RowReader(tokenizer, *sizes, template, imitates, args.skip_long)
+    train = reader.read(args.data, reader.training)
+    answered = [row for row in train if row["answer"]]
+    prior = reader.read(args.eval, reader.prior) if args.eval else []
     sets = {
-        "train": reader.read(args.data, reader.training),
-        "test": reader.read(args.test, reader.task) if args.test else [],
+        "test": reader.read(args.test, reader.task) if args.test else answered,
         "ood": reader.read(args.ood, reader.task) if args.ood else [],
-        "prior": reader.read(args.eval, reader.prior) if args.eval else [],
+        "as_teacher": answered,
+        "texts": [row for row in prior if "text_ids" in row],
+        "questions": [row for row in prior if "answer_ids" in row],
     }
     sets |= {f"old {path}": reader.read(path, reader.task) for path in args.old or ()}
-    sets["test"] = sets["test"] or [row for row in sets["train"] if row["answer"]]
+    for name, rows in sets.items():
+        if len(rows) > args.eval_rows:
+            what = f"{args.eval_rows} of {len(rows)} rows (--eval_rows)"
+            print(f"note: evaluations of {name} take the first {what}")
+            sets[name] = rows[: args.eval_rows]
     for note in reader.notes:
         print(f"note: {note}")
-    return sets
+    return sets | {"train": train}
 
 
 def open_folder(args, argv):
@@ -279,9 +279,9 @@ def save(run):
 
 
 def save_weights(run, folder):
-    """The student as a GPT-2 folder of Hugging Face's, with the vocabulary of --init_from."""
-    checkpoint.save_model(lora.merge(run.student), folder, run.enc.eot_token)
-    checkpoint.copy_tokenizer(checkpoint.source_folder(run.args.init_from), folder)
+    """The student as a GPT-2 folder of Hugging Face's, with the tokenizer of --init_from."""
+    source = checkpoint.source_folder(run.args.init_from)
+    checkpoint.save_model(lora.merge(run.student), folder, run.tokenizer.eos_id, source)
 
 
 # --- What happens in a step -----------------------------------------------------------------------
@@ -289,7 +289,7 @@ def save_weights(run, folder):
 
 def update(run, rows, generators):
     """One update on this process's rows of the minibatch: loss and info, as of sdft.train_step."""
-    args, eos_id = run.args, run.enc.eot_token
+    args, eos_id = run.args, run.tokenizer.eos_id
     run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
     prompts = [row["prompt_ids"] for row in rows]
     with autocast(args, run.device):
@@ -297,23 +297,13 @@ def update(run, rows, generators):
             demonstrations = [row["demonstration_ids"] for row in rows]
             sizes = eos_id, args.grad_clip, args.micro_batch
             return fast.sft_step(run.student, run.optimizer, prompts, demonstrations, *sizes)
-        return fast.train_step(
-            run.student,
-            run.teacher,
-            run.optimizer,
-            prompts,
-            [row["teacher_ids"] for row in rows],
-            args.max_new_tokens,
-            eos_id,
-            generators=generators,
-            rollout_dtype=rollout_dtype(args, run.device),
-            divergence=args.divergence,
-            alpha={"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher],
-            temperature=args.temperature,
-            grad_clip=args.grad_clip,
-            skip_tokens=args.skip_tokens,
-            micro_batch=args.micro_batch,
-        )
+        models = run.student, run.teacher, run.optimizer
+        contexts = prompts, [row["teacher_ids"] for row in rows]
+        same = ("divergence", "temperature", "grad_clip", "skip_tokens", "micro_batch")
+        options = {name: getattr(args, name) for name in same} | {"generators": generators}
+        options["alpha"] = {"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher]
+        options["rollout_dtype"] = rollout_dtype(args, run.device)
+        return fast.train_step(*models, *contexts, args.max_new_tokens, eos_id, **options)
 
 
 def averages(run, loss, info, stop):
@@ -321,7 +311,7 @@ def averages(run, loss, info, stop):
     mask, sampled = info["mask"], "completions" in info
     sums = {"stop": stop, "rows": len(mask), "loss": loss * len(mask), "tokens": mask.sum()}
     if sampled:
-        endless = mask.all(1) & (info["completions"][:, -1] != run.enc.eot_token)  # (B,)
+        endless = mask.all(1) & (info["completions"][:, -1] != run.tokenizer.eos_id)  # (B,)
         sums |= {"truncated": endless.sum(), "divergence": info["divergence"].sum()}
         sums |= {"loss_tokens": info["loss_mask"].sum()}
     values = torch.tensor([*sums.values()], dtype=torch.float32, device=run.device)
@@ -341,7 +331,7 @@ def measure(run):
 
     The KL is to --base or --init_from, which is read again if training does not hold it in memory.
     """
-    args, enc, at_start = run.args, run.enc, run.base_scores is None
+    args, at_start = run.args, run.base_scores is None
     base = run.start
     if at_start and not args.base:
         base = None  # It is the student itself.
@@ -353,25 +343,18 @@ def measure(run):
         return fast.rollout(model, prompts, max_new_tokens, eos_id, temperature, generators)
 
     with autocast(args, run.device):
-        student = fast.RolloutGPT.of(run.student)
+        student, tokenizer = fast.RolloutGPT.of(run.student), run.tokenizer
         n, size = args.max_new_tokens, args.micro_batch or args.batch_size
-        scores = evaluate.evaluate(student, run.sets, enc, n, size, base, at_start)
+        scores = evaluate.evaluate(student, run.sets, tokenizer, n, size, base, at_start)
+        teacher = None if run.teacher is None else fast.RolloutGPT.of(run.teacher)
+        models = student, teacher, student if base is None else fast.RolloutGPT.of(base)
+        rows = evaluate.rows_to_watch(run.sets, student.config.block_size - n)
+        about = {"phase": args.method, "skill": None, "step": run.step}
+        options = {"divergence": args.divergence, "temperature": args.temperature}
+        options |= {"batch_size": 8, "rollout": rollout}  # rows whose logits are all in memory
+        limits = n, tokenizer.eos_id
         seen, samples = watch.look(
-            student,
-            None if run.teacher is None else fast.RolloutGPT.of(run.teacher),
-            student if base is None else fast.RolloutGPT.of(base),
-            evaluate.rows_to_watch(run.sets, student.config.block_size - n),
-            lambda ids: to_bytes(enc, ids).decode("utf-8", "backslashreplace"),
-            contains,
-            max_new_tokens=n,
-            eos_id=enc.eot_token,
-            divergence=args.divergence,
-            temperature=args.temperature,
-            batch_size=8,  # whose logits are all in memory
-            rollout=rollout,
-            phase=args.method,
-            skill=None,
-            step=run.step,
+            *models, rows, tokenizer.decode, contains, *limits, **options, **about
         )
     row = {"phase": args.method, "step": run.step, "eval": scores} | seen
     for name, score in (("new", "lenient"), ("prior", "prior_acc")):  # as data/watch.py names them
@@ -387,11 +370,6 @@ def measure(run):
         save_weights(run, out / "best")
     run.looks.append(row)
     return scores
-
-
-def finite_numbers(row):
-    """What later evaluations use of an earlier one, whatever someone has written into the file."""
-    return {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < math.inf}
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -413,7 +391,8 @@ def fine_tune(args, argv, rank, n_processes):
     print(
         f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
         f"a step, steps {run.step + 1} to {args.steps}, {compute_dtype(args.dtype, device)}\n"
-        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"end token {run.tokenizer.decode([run.tokenizer.eos_id])}"
     )
 
     # The base's scores, and logs that end where the checkpoint does.
@@ -423,7 +402,10 @@ def fine_tune(args, argv, rank, n_processes):
         step = -1 if run.base_scores is None else run.step
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
-        run.looks = [finite_numbers(row) for row in rows if "eval" in row]
+        # Whatever someone has written into the file, of finite numbers only.
+        finite = lambda value: type(value) in (int, float) and abs(value) < 1e300
+        looks = [row for row in rows if "eval" in row]
+        run.looks = [{k: v for k, v in row.items() if finite(v)} for row in looks]
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
@@ -524,6 +506,9 @@ def main(argv=None):
         with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
             if not fine_tune(args, argv, rank, n_processes):
                 sys.exit(130)
+    except BrokenPipeError:  # as of `| head`
+        sys.stdout = open(os.devnull, "w")  # or Python complains again at its end
+        sys.exit("error: nobody reads the output any more; --resume goes on, if a run was stopped")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; if a checkpoint was saved, --resume goes on from it")
     except Exception as e:
@@ -535,5 +520,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # A name that they cannot print must not end a run.
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if stream:  # None if it was closed
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main()
