@@ -3,19 +3,16 @@
     python -m gpt2.bench             # the phases of an update
     python -m gpt2.bench --peers     # transformers' generate and TRL's trainer beside ours
 
-Times are medians of several runs after one that does not count.
-Beside the peers every response has its full length, and every update runs in a process of its own,
-whose peak memory is then its own. Our updates keep freed memory, as gpt2.train does; TRL's are
-shown without and with that.
+Times are medians of several runs after one that does not count. Beside the peers every response has
+its full length, and every update runs in a process of its own, whose peak memory is then its own.
+Ours keep freed memory, as gpt2.train does; TRL's are shown without and with that.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -54,26 +51,22 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PAR
 QUIET |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def seconds(f):
-    start = time.perf_counter()
-    f()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def median_seconds(f, repeats=5):
-    return statistics.median([seconds(f) for _ in range(repeats + 1)][1:])
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
-def memory(field):
-    """MiB of this process: "VmHWM" is the peak, "VmRSS" now. NaN without Linux's /proc.
-
-    The peak that getrusage knows would count the parent process too.
-    """
+def peak_memory():
+    """MiB of this process alone; NaN without Linux's /proc. getrusage would count its parent too."""
     status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else f"{field}: nan"
-    return float(re.search(rf"{field}:\s+(\w+)", text)[1]) / 1024
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(s.split()[1]) / 1024 for s in lines if s.startswith("VmHWM")), float("nan"))
 
 
 def in_a_process(function, *arguments):
@@ -114,33 +107,18 @@ def updater(args, student, B, P, C, device):
 def bench_update(args, student, device):
     """Print the table for args.batch_size rows, and responses of args.max_new_tokens tokens."""
     B, P, C = args.batch_size, 64, args.max_new_tokens
-    rollout_dtype = train.rollout_dtype(args, device)
-    print(
-        f"{device}, {machine()}\n"
-        f"{args.init_from}, --dtype {args.dtype}, rollout in {rollout_dtype}\n"
-        f"batch {B}, prompt {P}, teacher's prompt {2 * P}, completion {C} tokens\n",
-        flush=True,
-    )
-    update = median_seconds(updater(args, student, B, P, C, device))
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory("VmHWM")
-    contexts = [random_prompts(B, n) for n in (P, 2 * P)]
+    dtype = train.rollout_dtype(args, device)
+    print(f"{device}, {machine()}\n{args.init_from}, --dtype {args.dtype}, rollout in {dtype}")
+    print(f"batch {B}, prompt {P}, teacher's prompt {2 * P}, completion {C} tokens\n", flush=True)
+    rollout_model, prompts = fast.RolloutGPT.of(student, dtype), random_prompts(B, P)
     generators = fast.row_generators(0, 0, range(B), device)
-    rollout_model, teacher = fast.RolloutGPT.of(student, rollout_dtype), lora.share(student)
-
-    def roll_out():
-        return fast.rollout(rollout_model, contexts[0], C, NO_END, 1.0, generators)
-
-    def score():
-        student.zero_grad()
-        with train.autocast(args, device):
-            fast.distill_backward(student, teacher, *contexts, *responses, "reverse")
-
-    responses = roll_out()  # completions and mask, (B, C) each
-    rollout, scoring = median_seconds(roll_out), median_seconds(score)
+    roll_out = lambda: fast.rollout(rollout_model, prompts, C, NO_END, 1.0, generators)
+    rollout = median_seconds(roll_out)
+    update = median_seconds(updater(args, student, B, P, C, device))
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_memory()
+    phases = {"rollout": rollout, "packing, scoring, backward, AdamW, EMA": update - rollout}
     print("| phase | ms | share |\n|---|---:|---:|")
-    phases = {"rollout": rollout, "scoring, loss, backward": scoring}
-    phases |= {"packing, clipping, AdamW, EMA": update - rollout - scoring, "the update": update}
-    for phase, took in phases.items():
+    for phase, took in (phases | {"the update": update}).items():
         print(f"| {phase} | {1e3 * took:,.0f} | {took / update:.0%} |")
     print(f"\nrollout: {B * C / rollout:.0f} tokens/s\npeak memory: {peak:,.0f} MiB")
 
@@ -160,40 +138,32 @@ def rollout_seconds(folder, dtype):
     ours = fast.RolloutGPT.of(student, dtype)
     prompts = torch.randint(student.config.vocab_size, (B, P))
 
-    def generate():
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
-        theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(prompts)
 
     def roll_out():
         generators = fast.row_generators(0, 0, range(B), "cpu")
         fast.rollout(ours, prompts.tolist(), C, NO_END, 1.0, generators)
 
-    return [median_seconds(f) for f in (generate, roll_out)]
+    return [median_seconds(f) for f in (lambda: theirs.generate(prompts, **options), roll_out)]
 
 
 def update(label, folder, shape, steps=3):
     """Median seconds of the updates after the first, and MiB of this process's peak."""
     if label in OURS or "freed memory kept" in label:
         fast.keep_freed_memory()
-    updates = our_updates if label in OURS else their_updates
-    ends = updates(label, folder, *shape, steps + 1)
-    return statistics.median(b - a for a, b in zip(ends, ends[1:])), memory("VmHWM")
-
-
-def our_updates(label, folder, B, P, C, steps):
-    """The time at the end of each update."""
+    if label not in OURS:
+        ends = their_updates(label, folder, *shape, steps + 1)
+        return statistics.median(b - a for a, b in zip(ends, ends[1:])), peak_memory()
     settings = {"dtype": "float32", "rollout_dtype": "auto", "lora_rank": None, "micro_batch": None}
     args = argparse.Namespace(**settings | OURS[label], lr=1e-5, weight_decay=0.0)
     student = fast.save_memory(GPT.from_pretrained(folder))
-    one, ends = updater(args, student, B, P, C, torch.device("cpu")), []
-    for _ in range(steps):
-        one()
-        ends.append(time.perf_counter())
-    return ends
+    took = median_seconds(updater(args, student, *shape, torch.device("cpu")), steps)
+    return took, peak_memory()
 
 
 def their_updates(label, folder, B, P, C, steps):
-    """The time at the end of each update of TRL's trainer."""
+    """When each update of TRL's trainer ended."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -240,9 +210,6 @@ def table(rollouts, updates):
 
 
 def bench_peers(student):
-    if missing := [package for package in PACKAGES if not importlib.util.find_spec(package)]:
-        command = " ".join(f"{package}=={version}" for package, version in PACKAGES.items())
-        raise ValueError(f"--peers needs {' and '.join(missing)}: pip install {command}")
     os.environ |= QUIET
     updates, rollouts = dict.fromkeys(label for pair in COMPARED for label in pair), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -260,13 +227,12 @@ def bench_peers(student):
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
+    raw, dtypes = argparse.RawDescriptionHelpFormatter, ("auto", "float32", "bfloat16")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
     p.add_argument("--batch_size", type=int, default=8, help="rows (default: 8)")
     p.add_argument("--max_new_tokens", type=int, default=64, help="tokens per row (default: 64)")
-    dtypes = ("auto", "float32", "bfloat16")
     p.add_argument("--dtype", choices=dtypes, default="auto", help="as of gpt2.train")
     p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="as of gpt2.train")
     p.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
@@ -283,6 +249,9 @@ def main(argv=None):
         fast.keep_freed_memory()
         device = train.pick_device(args.device)
         bench_update(args, fast.save_memory(student.to(device)), device)
+    except ImportError as e:
+        command = " ".join(f"{package}=={version}" for package, version in PACKAGES.items())
+        sys.exit(f"error: --peers needs {e.name}: pip install {command}")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

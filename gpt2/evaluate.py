@@ -27,7 +27,7 @@ COLUMNS = {  # of the tables: score -> heading and format
 
 
 @torch.no_grad()
-def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None, start=False):
+def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None):
     """Scores of a model on {name: rows}, the sets of `train.read_sets`, greedily.
 
     exact, lenient  share of "test" answered right, by each match of data/scoring.py
@@ -37,17 +37,15 @@ def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None, star
     prior_ppl       perplexity of the "texts"
     prior_acc       share of the "questions" whose answer is the likeliest continuation, token by
                     token, with or without a space before it
-    as_teacher      at the start, or if base is None, so that the model is the base: share of that
-                    set answered right, leniently, with the teacher's prompt
     """
     scores, eos_id = {}, tokenizer.eos_id
 
-    def responses(name, key="prompt_ids"):
+    def responses(name):
         """Batches of prompts, completions (B, C) and mask (B, C); and all texts."""
         rows, done, texts = sets[name], [], []
         parts = ((rows[i : i + batch_size],) for i in range(0, len(rows), batch_size))
         for (part,) in announced(parts, name, len(rows)):
-            prompts = [row[key] for row in part]
+            prompts = [row["prompt_ids"] for row in part]
             done.append((prompts, *rollout(model, prompts, max_new_tokens, eos_id, temperature=0)))
             texts += map(tokenizer.decode, done[-1][1].tolist())
         return done, texts
@@ -66,9 +64,6 @@ def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None, star
     for name in ["ood", *(name for name in sets if name.startswith("old "))]:
         if sets[name]:
             scores[name] = share(contains, name, responses(name)[1])
-    if (start or base is None) and sets["as_teacher"]:
-        texts = responses("as_teacher", "teacher_ids")[1]
-        scores["as_teacher"] = share(contains, "as_teacher", texts)
     if sets["texts"]:
         texts = [([eos_id], row["text_ids"]) for row in sets["texts"]]
         scores["prior_ppl"] = perplexity(model, texts, eos_id, batch_size)

@@ -356,4 +356,5 @@ def sft_step(student, optimizer, prompts, demonstrations, eos_id, grad_clip=1.0,
         total += loss.item()
     average_gradients(student)
     clip_and_step(student, optimizer, total, grad_clip)
-    return total, {"mask": pad_right(demonstrations, eos_id, device)[1]}
+    tokens, mask = pad_right(demonstrations, eos_id, device)
+    return total, {"completions": tokens, "mask": mask}

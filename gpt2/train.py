@@ -133,10 +133,8 @@ def pick_device(name):
 
 
 def compute_dtype(name, device):
-    half = name == "bfloat16"
-    if name == "auto":
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if half else torch.float32
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and on_gpu) else torch.float32
 
 
 def rollout_dtype(args, device):
@@ -169,6 +167,7 @@ class Run:
     """What the loop reads and changes."""
 
     args: argparse.Namespace
+    argv: list  # its command line, which a checkpoint keeps
     device: torch.device
     tokenizer: Tokenizer
     sets: dict  # of `read_sets`
@@ -176,21 +175,20 @@ class Run:
     student: GPT
     teacher: GPT | None  # None for SFT
     optimizer: torch.optim.Optimizer
-    argv: list = field(default_factory=list)  # its command line, which a checkpoint keeps
     step: int = 0
     base_scores: dict | None = None  # None until they are measured
     looks: list = field(default_factory=list)  # rows of metrics.jsonl, of the evaluations so far
 
 
-def prepare(args, saved, device):
+def prepare(args, argv, saved, device):
     """Read and check all that a run needs, from the start or from the checkpoint `saved`."""
     student = fast.save_memory(checkpoint.load_model(args.init_from).to(device))
-    c = student.config
-    tokenizer = load_tokenizer(checkpoint.source_folder(args.init_from), c.vocab_size)
-    base = checkpoint.load_model(args.base).config if args.base else c
-    if (base.vocab_size, base.block_size) != (c.vocab_size, c.block_size):
+    sizes = lambda model: (model.config.vocab_size, model.config.block_size)
+    if args.base and sizes(checkpoint.load_model(args.base)) != sizes(student):
         raise ValueError("--base must have the vocab_size and n_positions of --init_from")
-    sets = read_sets(args, tokenizer, c.block_size)
+    vocab_size, block_size = sizes(student)
+    tokenizer = load_tokenizer(checkpoint.source_folder(args.init_from), vocab_size)
+    sets = read_sets(args, tokenizer, block_size)
     if args.keep == "best" and not sets["test"]:
         raise ValueError("--keep best needs a score: name --test, or add answers to --data")
 
@@ -203,35 +201,33 @@ def prepare(args, saved, device):
         start = teacher = start or lora.share(student).requires_grad_(False)
     elif args.method == "sdft":
         teacher = lora.share(student).requires_grad_(False)
-    optimizer = make_optimizer(student, args)
-    run = Run(args, device, tokenizer, sets, start, student, teacher, optimizer)
+    models = start, student, teacher, make_optimizer(student, args)
+    run = Run(args, argv, device, tokenizer, sets, *models)
     if saved:
         restore(run, saved)
     return run
 
 
 def read_sets(args, tokenizer, block_size):
-    """{"train", "test", "ood", "as_teacher", "texts", "questions", "old FILE" ...: rows}."""
-    template = TEMPLATES[args.teacher_reads]
-    if args.teacher_template:
-        template = read_template(args.teacher_template)
-    sizes, imitates = (block_size, args.max_new_tokens), args.method == "sft"
-    reader = RowReader(tokenizer, *sizes, template, imitates, args.skip_long)
+    """{"train", "test", "ood", "texts", "questions", "old FILE" ...: rows}."""
+    file, reads, imitates = args.teacher_template, args.teacher_reads, args.method == "sft"
+    template = read_template(file) if file else TEMPLATES[reads]
+    limits = block_size, args.max_new_tokens
+    reader = RowReader(tokenizer, *limits, template, imitates, args.skip_long)
     train = reader.read(args.data, reader.training)
-    answered = [row for row in train if row["answer"]]
     prior = reader.read(args.eval, reader.prior) if args.eval else []
+    answered = [row for row in train if row["answer"]]
     sets = {
         "test": reader.read(args.test, reader.task) if args.test else answered,
         "ood": reader.read(args.ood, reader.task) if args.ood else [],
-        "as_teacher": answered,
         "texts": [row for row in prior if "text_ids" in row],
         "questions": [row for row in prior if "answer_ids" in row],
     }
     sets |= {f"old {path}": reader.read(path, reader.task) for path in args.old or ()}
     for name, rows in sets.items():
         if len(rows) > args.eval_rows:
-            what = f"{args.eval_rows} of {len(rows)} rows (--eval_rows)"
-            print(f"note: evaluations of {name} take the first {what}")
+            first = f"the first {args.eval_rows} of {len(rows)} rows"
+            reader.notes.append(f"{first} of {name} are evaluated (--eval_rows)")
             sets[name] = rows[: args.eval_rows]
     for note in reader.notes:
         print(f"note: {note}")
@@ -243,15 +239,15 @@ def open_folder(args, argv):
     saved = checkpoint.load_run(args.out_dir) if args.resume else None
     if saved:
         own, args = parse_args(saved["argv"]), parse_args([*saved["argv"], *argv])
-        for name, value in vars(args).items():
-            was = getattr(own, name)
+        for name, was in vars(own).items():
+            value = getattr(args, name)
             if value != was and name not in ("resume", "out_dir", "device"):
                 raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
-        return saved, args
+        return saved, args, saved["argv"]
     checkpoint.check_new(args.out_dir)
     if not args.data:
         raise ValueError(f"--data is missing, and there is no run in {args.out_dir} to --resume")
-    return None, args
+    return None, args, argv
 
 
 def restore(run, saved):
@@ -263,10 +259,8 @@ def restore(run, saved):
                 model.load_state_dict(model.state_dict() | saved[name])
         run.optimizer.load_state_dict(saved["optimizer"])
     except Exception:  # whatever other contents make PyTorch raise
-        raise ValueError(
-            f"the newest checkpoint does not fit --init_from {run.args.init_from}; "
-            "restore that model, or start again in another --out_dir"
-        ) from None
+        what = f"the newest checkpoint does not fit --init_from {run.args.init_from}"
+        raise ValueError(f"{what}; restore that model, or choose another --out_dir") from None
 
 
 def save(run):
@@ -308,22 +302,21 @@ def update(run, rows, generators):
 
 def averages(run, loss, info, stop):
     """Metrics of the minibatch over all processes, its number of tokens, and if any must stop."""
-    mask, sampled = info["mask"], "completions" in info
-    sums = {"stop": stop, "rows": len(mask), "loss": loss * len(mask), "tokens": mask.sum()}
-    if sampled:
-        endless = mask.all(1) & (info["completions"][:, -1] != run.tokenizer.eos_id)  # (B,)
-        sums |= {"truncated": endless.sum(), "divergence": info["divergence"].sum()}
-        sums |= {"loss_tokens": info["loss_mask"].sum()}
+    mask, n = info["mask"], len(info["mask"])
+    endless = mask.all(1) & (info["completions"][:, -1] != run.tokenizer.eos_id)  # (B,)
+    sums = {"stop": stop, "rows": n, "loss": loss * n, "length": mask.sum()}
+    sums |= {"truncated": endless.sum()}
+    if "divergence" in info:  # SFT has none.
+        sums |= {"divergence": info["divergence"].sum(), "loss_tokens": info["loss_mask"].sum()}
     values = torch.tensor([*sums.values()], dtype=torch.float32, device=run.device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     sums = dict(zip(sums, values.tolist()))
-    metrics = {"loss": sums["loss"] / sums["rows"], "divergence": None}
-    if sampled:
+    metrics = {name: sums[name] / sums["rows"] for name in ("loss", "length", "truncated")}
+    metrics["divergence"] = None
+    if "divergence" in sums:
         metrics["divergence"] = sums["divergence"] / max(sums["loss_tokens"], 1)
-    metrics["length"] = sums["tokens"] / sums["rows"]
-    metrics["truncated"] = sums.get("truncated", 0) / sums["rows"]
-    return metrics, sums["tokens"], sums["stop"] > 0
+    return metrics, sums["length"], sums["stop"] > 0
 
 
 def measure(run):
@@ -331,9 +324,8 @@ def measure(run):
 
     The KL is to --base or --init_from, which is read again if training does not hold it in memory.
     """
-    args, at_start = run.args, run.base_scores is None
-    base = run.start
-    if at_start and not args.base:
+    args, base = run.args, run.start
+    if run.base_scores is None and not args.base:
         base = None  # It is the student itself.
     elif args.base or base is None:
         base = checkpoint.load_model(args.base or args.init_from).to(run.device)
@@ -345,17 +337,15 @@ def measure(run):
     with autocast(args, run.device):
         student, tokenizer = fast.RolloutGPT.of(run.student), run.tokenizer
         n, size = args.max_new_tokens, args.micro_batch or args.batch_size
-        scores = evaluate.evaluate(student, run.sets, tokenizer, n, size, base, at_start)
+        scores = evaluate.evaluate(student, run.sets, tokenizer, n, size, base)
         teacher = None if run.teacher is None else fast.RolloutGPT.of(run.teacher)
         models = student, teacher, student if base is None else fast.RolloutGPT.of(base)
         rows = evaluate.rows_to_watch(run.sets, student.config.block_size - n)
-        about = {"phase": args.method, "skill": None, "step": run.step}
         options = {"divergence": args.divergence, "temperature": args.temperature}
-        options |= {"batch_size": 8, "rollout": rollout}  # rows whose logits are all in memory
-        limits = n, tokenizer.eos_id
-        seen, samples = watch.look(
-            *models, rows, tokenizer.decode, contains, *limits, **options, **about
-        )
+        options |= {"rollout": rollout, "batch_size": 8}  # rows whose logits are all in memory
+        options |= {"phase": args.method, "skill": None, "step": run.step}
+        inputs = *models, rows, tokenizer.decode, contains, n, tokenizer.eos_id
+        seen, samples = watch.look(*inputs, **options)
     row = {"phase": args.method, "step": run.step, "eval": scores} | seen
     for name, score in (("new", "lenient"), ("prior", "prior_acc")):  # as data/watch.py names them
         row |= {name: scores[score]} if score in scores else {}
@@ -379,15 +369,14 @@ def fine_tune(args, argv, rank, n_processes):
     """One run, from its start or a checkpoint to its end; False if a signal stops it before."""
     # Load and check everything.
     began = time.perf_counter()
-    saved, args = open_folder(args, argv)
+    saved, args, argv = open_folder(args, argv)
     if args.batch_size % n_processes:
         raise ValueError(f"--batch_size must be a multiple of the {n_processes} processes")
     device = pick_device(args.device)
     if n_processes > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    run = prepare(args, saved, device)
-    run.argv, out = saved["argv"] if saved else argv, Path(args.out_dir)
+    run, out = prepare(args, argv, saved, device), Path(args.out_dir)
     print(
         f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
         f"a step, steps {run.step + 1} to {args.steps}, {compute_dtype(args.dtype, device)}\n"
@@ -402,10 +391,10 @@ def fine_tune(args, argv, rank, n_processes):
         step = -1 if run.base_scores is None else run.step
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
-        # Whatever someone has written into the file, of finite numbers only.
         finite = lambda value: type(value) in (int, float) and abs(value) < 1e300
-        looks = [row for row in rows if "eval" in row]
-        run.looks = [{k: v for k, v in row.items() if finite(v)} for row in looks]
+        for row in rows:  # All else in the file may be anything.
+            if "eval" in row:
+                run.looks.append({k: v for k, v in row.items() if finite(v)})
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
@@ -480,9 +469,11 @@ def fine_tune(args, argv, rank, n_processes):
 
 def sentence_of(e, out_dir):
     """What a user reads in place of a traceback; None if the program is at fault."""
-    full = "out of memory" in str(e) or "allocate memory" in str(e)  # on a GPU, on a CPU
-    if full and isinstance(e, RuntimeError):
+    if isinstance(e, RuntimeError) and ("out of memory" in str(e) or "allocate memory" in str(e)):
         return "the memory is full; lower --micro_batch, --max_new_tokens or --batch_size"
+    if isinstance(e, BrokenPipeError):  # as of `| head`
+        sys.stdout = open(os.devnull, "w")  # or Python complains again when it exits
+        return "nobody reads the output any more; if a run was stopped, --resume goes on"
     if isinstance(e, FloatingPointError):
         remedy = f"delete the newest file in {out_dir}/checkpoints, and it goes on from the other"
         return f"{e}; if --resume ends here again, {remedy}"
@@ -506,13 +497,11 @@ def main(argv=None):
         with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
             if not fine_tune(args, argv, rank, n_processes):
                 sys.exit(130)
-    except BrokenPipeError:  # as of `| head`
-        sys.stdout = open(os.devnull, "w")  # or Python complains again at its end
-        sys.exit("error: nobody reads the output any more; --resume goes on, if a run was stopped")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; if a checkpoint was saved, --resume goes on from it")
     except Exception as e:
-        if not (sentence := sentence_of(e, args.out_dir)):
+        sentence = sentence_of(e, args.out_dir)
+        if not sentence:
             raise
         # On one line; of several processes, one prints.
         sys.exit("error: " + " ".join(sentence.split()) if rank == 0 else 1)
