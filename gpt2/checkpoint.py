@@ -27,9 +27,6 @@ OWN = ("results.json", "metrics.jsonl", "samples.jsonl", "best", "adapter", "con
 OWN += ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES)  # what a run writes
 
 
-# --- The folder of a run --------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def locked(folder):
     """Keeps other runs out of a folder, which is made if need be, and removed again if it is empty.
@@ -95,9 +92,6 @@ def rewind(path, step, last):
     return rows
 
 
-# --- Weights in Hugging Face's format -------------------------------------------------------------
-
-
 def source_folder(name_or_folder):
     """The folder of the weights and perhaps of a vocabulary; None if the model is downloaded."""
     return None if name_or_folder in GPT2_SIZES else Path(name_or_folder)
@@ -116,13 +110,12 @@ def load_model(name_or_folder):
             w.data = w.data.clone()  # A file that is only mapped into memory may change or shrink.
         return model
     except Exception as e:  # whatever a missing or damaged file makes the readers raise
-        reason = " ".join(str(e).split())[:200]
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         remedy = "name a folder with config.json and weights of GPT-2, or fetch its files again"
         if name_or_folder in GPT2_SIZES:
             file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name_or_folder}.bin"
             remedy = f"connect to the network once, or delete {file} if it is damaged"
-        kind = type(e).__name__
-        raise ValueError(f"cannot load {name_or_folder} ({kind}: {reason}); {remedy}") from None
+        raise ValueError(f"cannot load {name_or_folder} ({reason}); {remedy}") from None
 
 
 def save_model(model, folder, eos_id=None, source=None):
@@ -163,14 +156,11 @@ def save_adapters(model, folder, base):
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     fields |= {"r": rank, "lora_alpha": alpha, "target_modules": ["c_attn", "c_proj", "c_fc"]}
     fields |= {"fan_in_fan_out": True}  # GPT-2 keeps its weights as (in, out)
-    prefix = "base_model.model.transformer"
-    adapters = {f"{prefix}.{name}.weight": w.cpu() for name, w in lora.state(model).items()}
+    name = "base_model.model.transformer.{}.weight"
+    adapters = {name.format(key): w.cpu() for key, w in lora.state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.bin", adapters)
     write_json(folder / "adapter_config.json", fields)
-
-
-# --- Checkpoints of a run -------------------------------------------------------------------------
 
 
 def run_checkpoints(out_dir):

@@ -22,9 +22,6 @@ TEMPLATES = {  # --teacher_reads: what the teacher reads of a row
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-# --- The teacher's template -----------------------------------------------------------------------
-
-
 def read_template(path):
     """A template for the teacher's prompt from a text file, which is taken exactly as it stands."""
     try:
@@ -45,9 +42,6 @@ def fill_template(template, row):
     if template == TEMPLATES["both"] and "article" not in row:
         template = TEMPLATES["demonstration"]
     return PLACEHOLDER.sub(lambda match: text_of(row, match[1]), template)
-
-
-# --- Rows -----------------------------------------------------------------------------------------
 
 
 def read_jsonl(path):
@@ -83,8 +77,8 @@ def text_of(row, name):
     """A field's text, which must be there and not be empty."""
     text = row.get(name, "")
     if not isinstance(text, str) or not text.strip():
-        problem = "missing, empty or no text; write it in double quotes"
-        raise ValueError(f"{row['where']}: {name} is {problem}")
+        problem = f"{name} is missing, empty or no text; write it in double quotes"
+        raise ValueError(f"{row['where']}: {problem}")
     return text
 
 
@@ -121,8 +115,7 @@ class RowReader:
             row["demonstration_ids"] = [*self.encode(row["demonstration"]), self.tokenizer.eos_id]
             row["glued"] = not (row["prompt"][-1].isspace() or row["demonstration"][0].isspace())
         if self.imitates:
-            need = len(row["prompt_ids"]) + len(row["demonstration_ids"])
-            row["need"] = max(row["need"], need)
+            row["need"] = max(row["need"], len(row["prompt_ids"]) + len(row["demonstration_ids"]))
         return row
 
     def task(self, line, answered=True):
@@ -169,9 +162,6 @@ class RowReader:
     def note(self, what, places):
         if places:
             self.notes.append(f"{what}, {len(places)} in all, the first at {places[0]}")
-
-
-# --- Batches --------------------------------------------------------------------------------------
 
 
 def minibatch(n, batch_size, step, seed):

@@ -114,9 +114,6 @@ def likeliest(model, questions, eos_id, batch_size):
     return right
 
 
-# --- What data/watch.py looks at ------------------------------------------------------------------
-
-
 def rows_to_watch(sets, longest):
     """The first training rows and prior questions of at most `longest` tokens for `watch.look`."""
     rows = [row | {"kind": "new"} for row in sets["train"][:N_WATCHED]]
@@ -128,9 +125,6 @@ def rows_to_watch(sets, longest):
     names = ("kind", "prompt", "teacher_prompt", "demonstration", "expected")
     names += ("student_ids", "teacher_ids")
     return [{name: row[name] for name in names} for row in rows[: N_WATCHED + watch.N_SAMPLES]]
-
-
-# --- Tables ---------------------------------------------------------------------------------------
 
 
 def line_of(scores):

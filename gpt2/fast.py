@@ -31,9 +31,6 @@ from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_los
 CHUNK = 64  # tokens whose logits exist at a time
 
 
-# --- Rollout --------------------------------------------------------------------------------------
-
-
 def row_generators(seed, step, places, device):
     """A random stream for each of these places in the step's minibatch.
 
@@ -160,14 +157,11 @@ class RolloutGPT(GPT):
         return cache
 
 
-# --- Memory ---------------------------------------------------------------------------------------
-
-
 def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
 
-    Otherwise glibc gives large blocks back to the system, which maps and clears every page of them
-    again for the next update. `gpt2.bench --peers` shows what that costs TRL on a machine.
+    Otherwise the system maps and clears the pages of large blocks again for every update, which
+    `gpt2.bench --peers` shows beside TRL.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -202,9 +196,6 @@ class RecomputingBlock(Block):
         hidden = checkpoint(lambda x: self.mlp.c_fc(self.ln_2(x)), x, **options)  # (B, T, 4D)
         gelu = lambda hidden: F.gelu(hidden, approximate="tanh")
         return x + checkpoint(lambda hidden: self.mlp.c_proj(gelu(hidden)), hidden, **options)
-
-
-# --- Loss -----------------------------------------------------------------------------------------
 
 
 def completion_hidden(model, prompts, completions):
@@ -283,9 +274,6 @@ def distill_backward(
         read = head.grad.coalesce() if head.grad.is_sparse else head.grad
         head.grad = head_grad.add_(read)
     return total, torch.cat(parts)
-
-
-# --- Steps ----------------------------------------------------------------------------------------
 
 
 def average_gradients(model):

@@ -58,9 +58,8 @@ def parse_args(argv=None):
     """The settings of a run."""
     positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
     scale, dtypes = number(float, 1e-6, 1e6), ("auto", "float32", "bfloat16")
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    layout = {"description": __doc__, "formatter_class": HelpFormatter}
+    p = argparse.ArgumentParser(**layout, allow_abbrev=False)
     # What is read and written.
     p.add_argument("--init_from", default="gpt2", help="gpt2 to gpt2-xl, or a folder of a GPT-2")
     p.add_argument("--base", help="the model that the KL is measured to; without it --init_from")
@@ -113,9 +112,6 @@ def parse_args(argv=None):
     if not (args.report or args.out_dir):
         p.error("--out_dir is missing: name a folder for what the run writes")
     return args
-
-
-# --- Device, dtypes, optimizer --------------------------------------------------------------------
 
 
 def pick_device(name):
@@ -204,7 +200,15 @@ def prepare(args, argv, saved, device):
     models = start, student, teacher, make_optimizer(student, args)
     run = Run(args, argv, device, tokenizer, sets, *models)
     if saved:
-        restore(run, saved)
+        try:
+            run.step, run.base_scores = saved["step"], saved["base_scores"]
+            for name, model in (("student", student), ("teacher", teacher)):
+                if saved[name]:
+                    model.load_state_dict(model.state_dict() | saved[name])
+            run.optimizer.load_state_dict(saved["optimizer"])
+        except Exception:  # whatever other contents make PyTorch raise
+            what = f"the newest checkpoint does not fit --init_from {args.init_from}"
+            raise ValueError(f"{what}; restore that model, or use another --out_dir") from None
     return run
 
 
@@ -234,35 +238,6 @@ def read_sets(args, tokenizer, block_size):
     return sets | {"train": train}
 
 
-def open_folder(args, argv):
-    """The checkpoint to go on from or None, and the settings: a resumed run keeps its own."""
-    saved = checkpoint.load_run(args.out_dir) if args.resume else None
-    if saved:
-        own, args = parse_args(saved["argv"]), parse_args([*saved["argv"], *argv])
-        for name, was in vars(own).items():
-            value = getattr(args, name)
-            if value != was and name not in ("resume", "out_dir", "device"):
-                raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
-        return saved, args, saved["argv"]
-    checkpoint.check_new(args.out_dir)
-    if not args.data:
-        raise ValueError(f"--data is missing, and there is no run in {args.out_dir} to --resume")
-    return None, args, argv
-
-
-def restore(run, saved):
-    """Put a checkpoint's state into the run."""
-    try:
-        run.step, run.base_scores = saved["step"], saved["base_scores"]
-        for name, model in (("student", run.student), ("teacher", run.teacher)):
-            if saved[name]:
-                model.load_state_dict(model.state_dict() | saved[name])
-        run.optimizer.load_state_dict(saved["optimizer"])
-    except Exception:  # whatever other contents make PyTorch raise
-        what = f"the newest checkpoint does not fit --init_from {run.args.init_from}"
-        raise ValueError(f"{what}; restore that model, or choose another --out_dir") from None
-
-
 def save(run):
     """A checkpoint to go on from. A teacher that never moves is in --init_from."""
     moves = run.teacher is not None and run.teacher is not run.start
@@ -276,9 +251,6 @@ def save_weights(run, folder):
     """The student as a GPT-2 folder of Hugging Face's, with the tokenizer of --init_from."""
     source = checkpoint.source_folder(run.args.init_from)
     checkpoint.save_model(lora.merge(run.student), folder, run.tokenizer.eos_id, source)
-
-
-# --- What happens in a step -----------------------------------------------------------------------
 
 
 def update(run, rows, generators):
@@ -369,7 +341,17 @@ def fine_tune(args, argv, rank, n_processes):
     """One run, from its start or a checkpoint to its end; False if a signal stops it before."""
     # Load and check everything.
     began = time.perf_counter()
-    saved, args, argv = open_folder(args, argv)
+    saved = checkpoint.load_run(args.out_dir) if args.resume else None
+    if saved:  # A resumed run keeps its settings.
+        own, args, argv = parse_args(saved["argv"]), parse_args(saved["argv"] + argv), saved["argv"]
+        for name, was in vars(own).items():
+            value = getattr(args, name)
+            if value != was and name not in ("resume", "out_dir", "device"):
+                raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
+    else:
+        checkpoint.check_new(args.out_dir)
+        if not args.data:
+            raise ValueError(f"--data is missing, and {args.out_dir} holds no run to --resume")
     if args.batch_size % n_processes:
         raise ValueError(f"--batch_size must be a multiple of the {n_processes} processes")
     device = pick_device(args.device)
@@ -392,9 +374,9 @@ def fine_tune(args, argv, rank, n_processes):
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
         finite = lambda value: type(value) in (int, float) and abs(value) < 1e300
-        for row in rows:  # All else in the file may be anything.
-            if "eval" in row:
-                run.looks.append({k: v for k, v in row.items() if finite(v)})
+        # All else in the file may be anything.
+        numbers = lambda row: {name: value for name, value in row.items() if finite(value)}
+        run.looks = [numbers(row) for row in rows if "eval" in row]
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
