@@ -79,8 +79,11 @@ def rewind(path, step, last):
 
     The final evaluation, of step `last`, comes after all checkpoints and is always written again.
     """
-    rows = files.read(path)[0] if path.exists() else []
-    rows = [row for row in rows if type(row.get("step")) is int and row["step"] <= step]
+    if not path.exists():
+        return []
+    rows = [
+        row for row in files.read(path)[0] if type(row.get("step")) is int and row["step"] <= step
+    ]
     of_look = {"eval", "tokens"}  # in metrics.jsonl and in samples.jsonl
     rows = [row for row in rows if row["step"] != last or not of_look & row.keys()]
 
@@ -90,11 +93,6 @@ def rewind(path, step, last):
 
     write_whole(path, write)
     return rows
-
-
-def source_folder(name_or_folder):
-    """The folder of the weights and perhaps of a vocabulary; None if the model is downloaded."""
-    return None if name_or_folder in GPT2_SIZES else Path(name_or_folder)
 
 
 def load_model(name_or_folder):
@@ -123,7 +121,7 @@ def save_model(model, folder, eos_id=None, source=None):
 
     The weights go to model.safetensors if safetensors is installed, else to pytorch_model.bin.
     eos_id  the end token; None for the last of the vocabulary
-    source  the folder of a tokenizer and of settings for generating, which are copied; or None
+    source  the folder whose tokenizer and settings for generating are copied; or None
     """
     folder, c = Path(folder), model.config
     eos_id = c.vocab_size - 1 if eos_id is None else eos_id

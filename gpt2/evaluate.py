@@ -42,10 +42,12 @@ def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None):
 
     def responses(name):
         """Batches of prompts, completions (B, C) and mask (B, C); and all texts."""
-        rows, done, texts = sets[name], [], []
-        parts = ((rows[i : i + batch_size],) for i in range(0, len(rows), batch_size))
-        for (part,) in announced(parts, name, len(rows)):
-            prompts = [row["prompt_ids"] for row in part]
+        rows, done, texts, last = sets[name], [], [], time.monotonic()
+        for i in range(0, len(rows), batch_size):
+            if time.monotonic() - last > PATIENCE:
+                print(f"evaluating {name}: {i} of {len(rows)} rows")
+                last = time.monotonic()
+            prompts = [row["prompt_ids"] for row in rows[i : i + batch_size]]
             done.append((prompts, *rollout(model, prompts, max_new_tokens, eos_id, temperature=0)))
             texts += map(tokenizer.decode, done[-1][1].tolist())
         return done, texts
@@ -74,17 +76,6 @@ def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None):
     return {name: float(score) for name, score in scores.items()}
 
 
-def announced(parts, name, n):
-    """The parts of n rows; an evaluation that lasts says now and then how far it is."""
-    done, last = 0, time.monotonic()
-    for part in parts:
-        if time.monotonic() - last > PATIENCE:
-            print(f"evaluating {name}: {done} of {n} rows")
-            last = time.monotonic()
-        yield part
-        done += len(part[0])
-
-
 def kl_sum(model, base, prompts, completions, mask):
     """Σ KL(model ‖ base), in nats, over the tokens of the responses."""
     logits, base_logits = (completion_logits(m, prompts, completions) for m in (model, base))
@@ -94,8 +85,7 @@ def kl_sum(model, base, prompts, completions, mask):
 def perplexity(model, texts, eos_id, batch_size):
     """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
     nll, count = 0.0, 0
-    parts = batches(texts, batch_size, model.config.block_size)
-    for prompts, completions in announced(parts, "texts", len(texts)):
+    for prompts, completions in batches(texts, batch_size, model.config.block_size):
         tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
         log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
         nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()
@@ -106,8 +96,7 @@ def perplexity(model, texts, eos_id, batch_size):
 def likeliest(model, questions, eos_id, batch_size):
     """For every (prompt, answer): is each token of the answer the likeliest one?"""
     right = []
-    parts = batches(questions, batch_size, model.config.block_size)
-    for prompts, answers in announced(parts, "questions", len(questions)):
+    for prompts, answers in batches(questions, batch_size, model.config.block_size):
         tokens, mask = pad_right(answers, eos_id, next(model.parameters()).device)
         guesses = completion_logits(model, prompts, tokens).argmax(-1)  # (B, C)
         right += ((guesses == tokens) | ~mask).all(1).tolist()

@@ -33,7 +33,7 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     for name in checkpoint.WEIGHT_FILES:
         (tmp_path / name).write_bytes(b"stale")
     save_model(model, tmp_path, eos_id=7)
-    assert {p.name for p in tmp_path.iterdir()} == {form, "config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {form, "config.json", "generation_config.json"}
     config = json.loads((tmp_path / "config.json").read_text())
     expected = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=320)
     expected |= dict(vocab_size=263, n_layer=2, n_head=2, n_embd=32, activation_function="gelu_new")

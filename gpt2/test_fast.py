@@ -1,5 +1,6 @@
 """Each trick of gpt2/fast.py equals the textbook function of sdft.py. CPU only, offline."""
 
+import resource
 from itertools import accumulate
 
 import pytest
@@ -133,6 +134,19 @@ def test_memory_is_saved(monkeypatch):
     student.hidden(TOKENS).sum().backward()
     gradient = student.wte.weight.grad
     assert len(calls) == 2 * len(student.h) and gradient.is_sparse and gradient._nnz() == 3
+
+
+def test_freed_memory_is_used_again():
+    """64 MiB are 16,384 pages, which the system would otherwise map and clear again."""
+
+    def pages_mapped():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    fast.keep_freed_memory()
+    pages_mapped()
+    assert pages_mapped() < 1000
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])

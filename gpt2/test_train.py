@@ -1,17 +1,19 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from data import files, watch
-from gpt2 import checkpoint, evaluate, fast, train
+from gpt2 import bench, checkpoint, evaluate, fast, train
 from gpt2.checkpoint import load_model, load_run, run_checkpoints
 from gpt2.conftest import (
     EOS,
@@ -27,8 +29,10 @@ from gpt2.conftest import (
     small_gpt,
     weights,
     write_rows,
+    write_vocabulary,
 )
-from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch
+from gpt2.data import TEMPLATES, RowReader, minibatch
+from gpt2.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +83,11 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
     monkeypatch.undo()
 
     text = template.read_text() if method == "sdft" else TEMPLATES["article"]
-    reader = RowReader(load_encoding(base), 320, 7, text, skip_long=True)
-    sets = {"train": reader.read(data / "train.jsonl", reader.training)}
-    sets |= {"test": reader.read(test, reader.task)}
+    reader = RowReader(load_tokenizer(base, 263), 320, 7, text, skip_long=True)
+    texts, questions = ([row] for row in reader.read(data / "prior.jsonl", reader.prior))
+    sets = {"train": reader.read(data / "train.jsonl", reader.training), "texts": texts}
+    sets |= {"test": reader.read(test, reader.task), "questions": questions}
     sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
-    sets |= {"prior": reader.read(data / "prior.jsonl", reader.prior)}
     sets |= {f"old {data / 'ood.jsonl'}": sets["ood"]}
     steps = called["train_step" if method == "sdft" else "sft_step"]
     assert len(steps) == 5
@@ -123,6 +127,8 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
     for row, (inputs, _, scores) in zip(looks, called["evaluate"], strict=True):
         assert inputs[1] == sets and inputs[3:5] == (7, 2) and row["eval"] == scores
         assert (row["new"], row["prior"]) == (scores["lenient"], scores["prior_acc"])
+    for n, row in enumerate(looks, 1):
+        assert row["warnings"] == watch.warnings(looks[:n])
     assert read(out / "results.json")["final"] == scores
 
     inputs, options, (_, samples) = called["look"][-1]
@@ -154,15 +160,15 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
     second, old = tmp_path / "second", data / "ood.jsonl"
     more = ["--base", base, "--lr", 0, "--old", old, "--test", old, "--method", "sft"]
     train.main(flags(whole, data, second, *more, steps=1))
-    reader = RowReader(load_encoding(base), 320, 6)
-    sets = {"train": [], "test": reader.read(old, reader.task), "ood": [], "prior": []}
+    reader = RowReader(load_tokenizer(base, 263), 320, 6)
+    sets = dict(train=[], test=reader.read(old, reader.task), ood=[], texts=[], questions=[])
     models = load_model(whole), load_model(base)
-    kl = evaluate.evaluate(models[0], sets, reader.enc, 6, 4, models[1])["kl_to_base"]
+    kl = evaluate.evaluate(models[0], sets, reader.tokenizer, 6, 4, models[1])["kl_to_base"]
     results = read(second / "results.json")
     for when in ("base", "final"):
         assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
         assert results[when][f"old {old}"] == results[when]["lenient"]
-    assert "as_teacher" in results["base"] and load_run(second)["teacher"] == {}
+    assert load_run(second)["teacher"] == {}
     words = shlex.split(results["command"])
     assert words[:3] == ["python", "-m", "gpt2.train"]
     assert vars(train.parse_args(words[3:])) == results["config"]
@@ -268,10 +274,29 @@ def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole):
             assert f"another run is writing to {folder}" in error_of(*argv)
     assert not out.exists()  # it was empty
     assert "already holds a run" in error_of(*flags(base, data, whole))
-    (tmp_path / "vocab.json").write_text("precious")
-    for more in ([], ["--resume"]):
-        assert "already holds vocab.json" in error_of(*flags(base, data, tmp_path, *more))
-    assert (tmp_path / "vocab.json").read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
+    for name in checkpoint.OWN:
+        (tmp_path / name).write_text("precious")
+        for more in ([], ["--resume"]):
+            assert f"already holds {name}" in error_of(*flags(base, data, tmp_path, *more))
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+        (tmp_path / name).unlink()
+    assert {path.name for path in whole.iterdir()} - {"checkpoints"} <= {*checkpoint.OWN}
+
+
+@pytest.mark.parametrize("without", ["fcntl", "locks"])
+def test_a_folder_that_cannot_be_locked_is_used(without, tmp_path, monkeypatch, capsys):
+    """As on Windows, and on some network drives."""
+
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    if without == "locks":
+        fcntl = types.SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4)
+        monkeypatch.setattr(checkpoint, "fcntl", fcntl)
+    with checkpoint.locked(tmp_path / "out"):
+        assert "out cannot be locked here; do not start a second run" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_keeps_the_settings(tmp_path, whole):
@@ -284,6 +309,8 @@ def test_resume_keeps_the_settings(tmp_path, whole):
 FAILURES = [
     (RuntimeError("not enough memory: you tried to allocate memory"), "lower --micro_batch"),
     (FloatingPointError("the loss is nan"), "the loss is nan; if --resume ends here again, delete"),
+    (BrokenPipeError(32, "Broken pipe"), "nobody reads the output any more; if a run was stopped"),
+    (OSError(28, "No space left on device"), "out (No space left on device); check the path and"),
 ]
 
 
@@ -295,6 +322,7 @@ def test_a_failure_ends_in_one_sentence(failure, words, tmp_path, base, data, mo
         raise failure
 
     monkeypatch.setattr(train, "update", fails)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # is replaced if nobody reads it
     assert words in error_of(*flags(base, data, tmp_path / "out"))
 
 
@@ -304,12 +332,77 @@ WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_token
 
 
 def test_every_wrong_value_is_named(capsys):
-    """By its flag, before anything is read."""
+    """By its flag, before anything is read; and --help prints on a console of Windows."""
     for flag, value in WRONG:
         with pytest.raises(SystemExit) as stopped:
             train.main(["--out_dir", "unused", flag, value])
         last = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and "error: " in last and flag in last, (flag, value, last)
+    for program in (train, bench):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        assert len(capsys.readouterr().out.encode("cp1252").splitlines()) > 10
+
+
+def test_what_is_evaluated(tmp_path, base, data, capsys):
+    """The rows of --data with an answer, and at most --eval_rows of each set and kind."""
+    prior = [*lines(data / "prior.jsonl"), {"prompt": "Q", "answer": "A"}, {"text": "T"}] * 2
+    prior = write_rows(tmp_path / "prior.jsonl", prior)
+    argv = flags(base, data, tmp_path, "--eval", prior, "--old", data / "train.jsonl")
+    del argv[argv.index("--ood") : argv.index("--ood") + 2]
+    sizes = []
+    for n in (200, 3):
+        (data / "old.jsonl").write_bytes(b"")
+        args = train.parse_args([*argv, "--eval_rows", str(n), "--old", str(data / "ood.jsonl")])
+        sets = train.read_sets(args, load_tokenizer(base, 263), 320)
+        sizes.append([len(rows) for rows in sets.values()])
+    assert sets.keys() >= {"test", "ood", "texts", "questions", "train"}
+    assert sizes == [[5, 0, 4, 4, 1, 6], [3, 0, 3, 3, 1, 6]]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "--eval_rows" in line]
+    assert printed[0] == "note: the first 3 of 5 rows of test are evaluated (--eval_rows)"
+    assert len(printed) == 3 and [row["answer"] for row in sets["test"]] == ["0", "1", "2"]
+
+
+def test_a_log_may_hold_anything(tmp_path, base, data, whole):
+    """What is no finite number is not read, and the run goes on as it would have."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    odd = '{"step": 6, "eval": null, "prior": 1e999, "new": null, "teacher_accuracy": [], '
+    odd += f'"never_ended": "x", "rollouts_correct": {"9" * 400}, "student_entropy": {{}}}}\n'
+    log = out / "metrics.jsonl"
+    log.write_text("".join(odd.replace("6", n) for n in "04") + log.read_text())
+    resume(out)
+    assert read(out / "results.json")["final"] == read(whole / "results.json")["final"]
+
+
+def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
+    """In memory and in the folders that are written: a padded vocabulary, an end token with id 0."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    base, out = tmp_path / "base", tmp_path / "out"
+    checkpoint.save_model(small_gpt(vocab_size=320, noise=0.2), base)
+    own = transformers.GPT2TokenizerFast.from_pretrained(write_vocabulary(base) and base)
+    own = own.train_new_from_iterator([(data / "train.jsonl").read_text()], 263)
+    own.chat_template = "{{ messages }}"
+    for name in ("vocab.json", "merges.txt"):
+        (base / name).unlink()
+    own.save_pretrained(base)
+    settings = {"eos_token_id": 319, "temperature": 0.5}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    train.main(flags(base, data, out, "--keep", "best", "--eval_every", 1, steps=2))
+    for folder in (out, out / "best"):
+        assert read(folder / "config.json")["eos_token_id"] == 0
+        assert read(folder / "generation_config.json") == settings | dict(
+            eos_token_id=0, bos_token_id=0
+        )
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (folder / name).read_bytes() == (base / name).read_bytes()
+    theirs, sample = (
+        transformers.AutoTokenizer.from_pretrained(out),
+        lines(out / "samples.jsonl")[0],
+    )
+    assert theirs.eos_token_id == 0 and theirs.decode([t["id"] for t in sample["tokens"]])
+    argv = train.parse_args(flags(base, data, out))
+    row = train.read_sets(argv, load_tokenizer(base, 320), 320)["train"][1]
+    assert row["demonstration_ids"] == [*theirs.encode(row["demonstration"]), 0]
 
 
 def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
@@ -323,7 +416,7 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     wrong += [
         ("--data", os.devnull, "no rows"),
         ("--init_from", "nowhere", "cannot load nowhere"),
-        ("--init_from", small, "vocabulary of 200"),
+        ("--init_from", small, "263 tokens, the model 200"),
         ("--base", tmp_path / "odd", "--base must have"),
         ("--device", "abacus", "--device abacus"),
         ("--out_dir", ROOT / "LICENSE" / "x", "LICENSE"),

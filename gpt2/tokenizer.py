@@ -8,16 +8,18 @@ none of them               GPT-2's own vocabulary, if the model has 50,257 token
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
+
+from model import GPT2_SIZES
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 FILES += ("tokenizer_config.json", "special_tokens_map.json")
 # How GPT-2 splits a text into words before it merges bytes, and its letters for the bytes.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-LETTERS = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+LETTERS = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
+LETTERS |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*LETTERS.values()}))}
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Tokenizer:
     n_vocab: int
     eos_id: int
     longest: int | None = None  # characters of a token; None if a text may have any length
+    folder: Path | None = None  # that it was read from
 
     def decode(self, tokens):
         """Text up to the end token, which is shown if it is alone: as one token of a response."""
@@ -39,8 +42,9 @@ class Tokenizer:
         return self.decode_all(tokens[: tokens.index(self.eos_id)] if ends else tokens)
 
 
-def load_tokenizer(folder, vocab_size):
-    """Of a model whose vocabulary may be padded; folder is None if the model is downloaded."""
+def load_tokenizer(name_or_folder, vocab_size):
+    """Of a model whose vocabulary may be padded; a name in GPT2_SIZES means GPT-2's own."""
+    folder = None if name_or_folder in GPT2_SIZES else Path(name_or_folder)
     found = {name for name in FILES if folder and (folder / name).is_file()}
     try:
         if "tokenizer.json" in found:
@@ -53,6 +57,7 @@ def load_tokenizer(folder, vocab_size):
             tokenizer = of_encoding(tiktoken.get_encoding("gpt2"), folder)
         if tokenizer.n_vocab > vocab_size:
             raise ValueError(f"it has {tokenizer.n_vocab} tokens, the model {vocab_size}")
+        tokenizer.folder = folder
         return tokenizer
     except ImportError:
         raise ValueError(f"{folder}/tokenizer.json needs: pip install tokenizers") from None

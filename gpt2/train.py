@@ -183,7 +183,7 @@ def prepare(args, argv, saved, device):
     if args.base and sizes(checkpoint.load_model(args.base)) != sizes(student):
         raise ValueError("--base must have the vocab_size and n_positions of --init_from")
     vocab_size, block_size = sizes(student)
-    tokenizer = load_tokenizer(checkpoint.source_folder(args.init_from), vocab_size)
+    tokenizer = load_tokenizer(args.init_from, vocab_size)
     sets = read_sets(args, tokenizer, block_size)
     if args.keep == "best" and not sets["test"]:
         raise ValueError("--keep best needs a score: name --test, or add answers to --data")
@@ -249,8 +249,8 @@ def save(run):
 
 def save_weights(run, folder):
     """The student as a GPT-2 folder of Hugging Face's, with the tokenizer of --init_from."""
-    source = checkpoint.source_folder(run.args.init_from)
-    checkpoint.save_model(lora.merge(run.student), folder, run.tokenizer.eos_id, source)
+    tokenizer = run.tokenizer
+    checkpoint.save_model(lora.merge(run.student), folder, tokenizer.eos_id, tokenizer.folder)
 
 
 def update(run, rows, generators):
@@ -285,9 +285,8 @@ def averages(run, loss, info, stop):
         dist.all_reduce(values)
     sums = dict(zip(sums, values.tolist()))
     metrics = {name: sums[name] / sums["rows"] for name in ("loss", "length", "truncated")}
-    metrics["divergence"] = None
-    if "divergence" in sums:
-        metrics["divergence"] = sums["divergence"] / max(sums["loss_tokens"], 1)
+    n = max(sums.get("loss_tokens", 0), 1)
+    metrics["divergence"] = sums["divergence"] / n if "divergence" in sums else None
     return metrics, sums["length"], sums["stop"] > 0
 
 

@@ -1,0 +1,147 @@
+"""What gpt2/tokenizer.py guarantees: a model's own ids, and its own end token. CPU only, offline."""
+
+import json
+import sys
+
+import pytest
+
+from gpt2.conftest import BYTES, EOS, read, write_vocabulary
+from gpt2.tokenizer import load_tokenizer
+
+END, USER = "<|endoftext|>", "<|user|>"
+TEXTS = [
+    "the man in the hat",
+    "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 !",
+    f"{USER} the zzz man{USER}\n",
+]
+
+
+def files(folder):
+    """GPT-2's two files, of 263 tokens."""
+    write_vocabulary(folder)
+
+
+def tokenizer_json(folder, added=(), retrained=False):
+    """What transformers 5 saves; a retrained tokenizer has other tokens, and its end token first."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    write_vocabulary(folder)
+    own = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    if retrained:
+        own = own.train_new_from_iterator([" ".join(TEXTS) * 9], 263)
+    own.add_tokens([token for token in added if token == USER], special_tokens=True)
+    own.add_tokens([token for token in added if token != USER])
+    for path in folder.iterdir():
+        path.unlink()
+    own.save_pretrained(folder)
+
+
+def as_files(folder, **options):
+    """The same in the files of transformers 4's slow tokenizer."""
+    tokenizer_json(folder, **options)
+    fields = read(folder / "tokenizer.json")
+    merges = (
+        merge if isinstance(merge, str) else " ".join(merge) for merge in fields["model"]["merges"]
+    )
+    (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+    added = {t["content"]: t["id"] for t in fields["added_tokens"]}
+    for name, ids in (("vocab", fields["model"]["vocab"]), ("added_tokens", added)):
+        (folder / f"{name}.json").write_text(json.dumps(ids))
+    (folder / "tokenizer.json").rename(folder.parent / "tokenizer.json")
+
+
+ADDED, RETRAINED = {"added": (USER, "zzz")}, {"retrained": True}
+FOLDERS = [(tokenizer_json, {}), (tokenizer_json, ADDED), (tokenizer_json, RETRAINED)]
+FOLDERS += [(files, {}), (as_files, ADDED), (as_files, RETRAINED), (as_files, RETRAINED | ADDED)]
+
+
+@pytest.mark.parametrize("write, options", FOLDERS)
+def test_a_folder_encodes_as_in_transformers(write, options, tmp_path):
+    """The ids, the end token and what is read back; but an end token in a text is plain text."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write(folder, **options)
+    ours = load_tokenizer(folder, 320)  # a padded vocabulary
+    assert ours.eos_id == (0 if "retrained" in options else EOS)
+    assert ours.n_vocab == 263 + len(options.get("added", ()))
+    for text in [*TEXTS, END]:
+        assert ours.decode(ours.encode(text)) == text and ours.eos_id not in ours.encode(text)
+    if write is as_files:
+        (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
+    assert ours.eos_id == theirs.eos_token_id and len(ours.encode(" the")) < 4
+
+
+def test_gpt2s_words_are_split_as_published(tmp_path):
+    """Against its pattern, written down a second time; the ids are those of vocab.json."""
+    oracle = write_vocabulary(tmp_path)
+    ours = load_tokenizer(tmp_path, 263)
+    assert [ours.encode(text) for text in TEXTS] == [oracle.encode_ordinary(text) for text in TEXTS]
+
+
+ENDS = [  # files in the folder beside the vocabulary; the end token of three that are possible
+    ({}, EOS),
+    ({"config": {"eos_token_id": 264}}, 264),
+    ({"config": {"eos_token_id": 50256}}, EOS),  # transformers' default, which is no token
+    ({"config": {"eos_token_id": 7}}, EOS),  # in a larger vocabulary it is another word
+    ({"config": {"eos_token_id": 50256}, "tokenizer_config": {"eos_token": USER}}, 263),
+    ({"config": {"eos_token_id": EOS}, "generation_config": {"eos_token_id": [263]}}, 263),
+    ({"special_tokens_map": {"eos_token": {"content": USER}}}, 263),
+]
+
+
+@pytest.mark.parametrize("written, expected", ENDS)
+def test_the_end_token_is_the_bases_own(written, expected, tmp_path):
+    write_vocabulary(tmp_path)
+    written = written | {"added_tokens": {USER: 263, "<|end|>": 264}}
+    for name, fields in written.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(fields))
+    assert load_tokenizer(tmp_path, 320).eos_id == expected
+
+
+WRONG = [  # what is written over the files of a vocabulary, or None if they go; words of the error
+    ({}, 262, "it has 263 tokens, the model 262"),
+    ({"vocab.json": None}, 263, "none for 263 tokens); put its tokenizer.json"),
+    ({"vocab.json": None, "merges.txt": None}, 263, "there is none for 263"),
+    ({"merges.txt": None}, 50257, "there is none for 50257"),
+    ({"vocab.json": '{"a": '}, 263, "JSONDecodeError"),
+    ({"merges.txt": "Ġ th\nt h"}, 263, "not in the order of merges.txt"),
+    (
+        {
+            "config.json": '{"eos_token_id": [262, 0, 263]}',
+            "added_tokens.json": '{"<|user|>": 263}',
+        },
+        320,
+        "several end tokens",
+    ),
+    ({"added_tokens.json": '{"<|user|>": 262}', "vocab.json": "-"}, 320, "no special token is the"),
+    ({"tokenizer.json": "{}"}, 320, "KeyError: 'added_tokens'"),
+]
+
+
+@pytest.mark.parametrize("written, vocab_size, words", WRONG)
+def test_other_ids_are_never_used(written, vocab_size, words, tmp_path):
+    """One sentence, with the remedy, for files that are missing, damaged or of another model."""
+    write_vocabulary(tmp_path)
+    vocab = read(tmp_path / "vocab.json")
+    vocab.pop(END)
+    for name, text in written.items():
+        path = tmp_path / name
+        path.unlink() if text is None else path.write_text(text.replace("-", json.dumps(vocab)))
+    with pytest.raises(ValueError, match="cannot read the tokenizer of --init_from") as error:
+        load_tokenizer(tmp_path, vocab_size)
+    assert words in str(error.value)
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="tokenizer.json needs: pip install tokenizers"):
+        load_tokenizer(tmp_path, 50257)
+
+
+def test_decoding_stops_at_the_end_token():
+    """And an id beyond the encoding, as in padded vocabularies, is not a text's."""
+    texts = {(72, 105, 300, 256, 72): "Hi\\xff", (72, 256): "H", (256,): END, (256, 256): ""}
+    assert {tokens: BYTES.decode([*tokens]) for tokens in texts} == texts
