@@ -3,9 +3,9 @@
     python -m gpt2.bench             # ours
     python -m gpt2.bench --peers     # beside transformers' generate and TRL's trainer
 
-Times are medians of several runs after one that does not count. Every response has its full length,
-and every update runs in a process of its own, whose peak memory is then its own. Ours keep freed
-memory, as gpt2.train does; TRL's are shown without and with that.
+Times are medians after one that does not count. Every response has its full length, and every update
+runs in a process of its own, with a peak of its own. Ours keep freed memory, as gpt2.train does;
+TRL's are shown without and with that.
 """
 
 import argparse
@@ -185,11 +185,10 @@ def bench(student, peers):
         for dtype in ("float32", "bfloat16") if peers else ():
             rollouts[dtype] = rollout_seconds(folder, getattr(torch, dtype))
     cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    packages = ("torch", *PACKAGES) if peers else ("torch",)
-    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
-    print("\n" + ", ".join([cpu, *versions]))
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
+    print(f"\n{', '.join([cpu, f'torch {torch.__version__}', *versions])}\n")
     if peers:
-        print("\n" + table(rollouts, updates))
+        print(table(rollouts, updates))
 
 
 def main(argv=None):

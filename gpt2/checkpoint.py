@@ -29,10 +29,8 @@ OWN += ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES)  # what a run
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keeps other runs out of a folder, which is made if need be, and removed again if it is empty.
-
-    The system ends the lock with the process, even if it is killed.
-    """
+    """Keeps other runs out of a folder, which is made, and removed again if it stays empty."""
+    # The system ends the lock with the process, even if it is killed.
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = None
     try:
@@ -116,15 +114,15 @@ def load_model(name_or_folder):
         raise ValueError(f"cannot load {name_or_folder} ({reason}); {remedy}") from None
 
 
-def save_model(model, folder, eos_id=None, source=None):
+def save_model(model, folder, tokenizer=None):
     """`model.save_pretrained`, atomically, with all of transformers' fields of the configuration.
 
     The weights go to model.safetensors if safetensors is installed, else to pytorch_model.bin.
-    eos_id  the end token; None for the last of the vocabulary
-    source  the folder whose tokenizer and settings for generating are copied; or None
+    The tokenizer's files and end token go with them; without one, the last token is the end.
     """
     folder, c = Path(folder), model.config
-    eos_id = c.vocab_size - 1 if eos_id is None else eos_id
+    eos_id = tokenizer.eos_id if tokenizer else c.vocab_size - 1
+    source = tokenizer and tokenizer.folder
     ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
     fields = COMPUTED | {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
     fields |= {"n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer}

@@ -32,20 +32,14 @@ CHUNK = 64  # tokens whose logits exist at a time
 
 
 def row_generators(seed, step, places, device):
-    """A random stream for each of these places in the step's minibatch.
-
-    A response then depends on seed, step and place only, and neither on the micro-batch nor on the
-    process that samples it.
-    """
+    """A random stream for each place in a minibatch, whichever process or micro-batch has it."""
     keys = [np.random.SeedSequence([seed, 2, step, place]) for place in places]
     return [torch.Generator(device).manual_seed(int(k.generate_state(1)[0])) for k in keys]
 
 
 def inverse_cdf(probs, u):
-    """Inverse-CDF sampling: tokens (B,) from probs (B, V) with uniforms u (B,) in [0, 1).
-
-    torch.multinomial draws V random numbers per row and token instead.
-    """
+    """Inverse-CDF sampling: tokens (B,) from probs (B, V) with uniforms u (B,) in [0, 1)."""
+    # torch.multinomial draws V random numbers per row and token instead.
     dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
     cdf = probs.to(dtype).cumsum(-1)  # (B, V)
     tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]  # (B,)
@@ -277,10 +271,7 @@ def distill_backward(
 
 
 def average_gradients(model):
-    """Replace the gradients by their mean over the processes, if there are several.
-
-    Each process has the mean over its equal share of the rows, so this is the whole minibatch's.
-    """
+    """Their mean over the processes, if there are several, each with an equal share of the rows."""
     if dist.is_available() and dist.is_initialized():
         for p in lora.trained(model).values():
             dist.all_reduce(p.grad)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     model = small_gpt()
     for name in checkpoint.WEIGHT_FILES:
         (tmp_path / name).write_bytes(b"stale")
-    save_model(model, tmp_path, eos_id=7)
+    save_model(model, tmp_path, types.SimpleNamespace(eos_id=7, folder=None))
     assert {p.name for p in tmp_path.iterdir()} == {form, "config.json", "generation_config.json"}
     config = json.loads((tmp_path / "config.json").read_text())
     expected = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=320)

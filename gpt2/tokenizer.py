@@ -24,10 +24,7 @@ LETTERS |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*LETTE
 
 @dataclass
 class Tokenizer:
-    """The end token in a text is plain text, so that nobody's data ends a response.
-
-    Other tokens that were added to the vocabulary are themselves.
-    """
+    """The end token in a text is plain text; other added tokens are themselves."""
 
     encode: Callable  # text to token ids
     decode_all: Callable  # token ids to text
@@ -121,8 +118,8 @@ def read_merges(folder):
         raise ValueError("the ids of vocab.json are not in the order of merges.txt")
     taken = {*ranks.values()}
     special = {word: i for word, i in vocab.items() if i not in taken}
-    tables = {"mergeable_ranks": ranks, "special_tokens": special}
-    return tiktoken.Encoding("local", pat_str=PATTERN, **tables)
+    ids = {"mergeable_ranks": ranks, "special_tokens": special}
+    return tiktoken.Encoding("local", pat_str=PATTERN, **ids)
 
 
 def of_encoding(encoding, folder=None):

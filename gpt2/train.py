@@ -247,12 +247,6 @@ def save(run):
     checkpoint.save_run(run.args.out_dir, state)
 
 
-def save_weights(run, folder):
-    """The student as a GPT-2 folder of Hugging Face's, with the tokenizer of --init_from."""
-    tokenizer = run.tokenizer
-    checkpoint.save_model(lora.merge(run.student), folder, tokenizer.eos_id, tokenizer.folder)
-
-
 def update(run, rows, generators):
     """One update on this process's rows of the minibatch: loss and info, as of sdft.train_step."""
     args, eos_id = run.args, run.tokenizer.eos_id
@@ -328,7 +322,7 @@ def measure(run):
     files.append(out / "metrics.jsonl", [row])
     earlier = [look["new"] for look in run.looks if look.get("step") and "new" in look]
     if args.keep == "best" and run.step and row["new"] > max(earlier, default=-1):
-        save_weights(run, out / "best")
+        checkpoint.save_model(lora.merge(run.student), out / "best", run.tokenizer)
     run.looks.append(row)
     return scores
 
@@ -432,7 +426,7 @@ def fine_tune(args, argv, rank, n_processes):
         print(f"stopped after step {run.step}, saved; go on with: {again}")
     elif rank == 0:
         final = measure(run)
-        save_weights(run, out)
+        checkpoint.save_model(lora.merge(run.student), out, run.tokenizer)
         if args.lora_rank:
             checkpoint.save_adapters(run.student, out / "adapter", args.init_from)
         results = {"config": vars(args), "base": run.base_scores, "final": final}
