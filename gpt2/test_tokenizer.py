@@ -9,75 +9,33 @@ from gpt2.conftest import BYTES, EOS, read, write_vocabulary
 from gpt2.tokenizer import load_tokenizer
 
 END, USER = "<|endoftext|>", "<|user|>"
-TEXTS = [
-    "the man in the hat",
-    "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 !",
-    f"{USER} the zzz man{USER}\n",
-]
+TEXTS = ["the man in the hat", f"{USER} the zzz man{USER}\n"]
+TEXTS += ["  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 !\u3000x", "they'll 'LL don't\r\n ''s Ⅻ² _a_"]
 
 
-def files(folder):
-    """GPT-2's two files, of 263 tokens."""
-    write_vocabulary(folder)
-
-
-def tokenizer_json(folder, added=(), retrained=False):
-    """What transformers 5 saves; a retrained tokenizer has other tokens, and its end token first."""
+@pytest.mark.parametrize("retrained", [False, True], ids=["its own", "retrained"])
+@pytest.mark.parametrize("added", [[], [USER, "zzz"]], ids=["plain", "added"])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_a_folder_encodes_as_in_transformers(kind, added, retrained, tmp_path):
+    """Its ids and its end token, 0 if retrained; but an end token in a text is plain text."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    write_vocabulary(folder)
-    own = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(write_vocabulary(tmp_path))
     if retrained:
-        own = own.train_new_from_iterator([" ".join(TEXTS) * 9], 263)
-    own.add_tokens([token for token in added if token == USER], special_tokens=True)
-    own.add_tokens([token for token in added if token != USER])
-    for path in folder.iterdir():
-        path.unlink()
-    own.save_pretrained(folder)
-
-
-def as_files(folder, **options):
-    """The same in the files of transformers 4's slow tokenizer."""
-    tokenizer_json(folder, **options)
-    fields = read(folder / "tokenizer.json")
-    merges = (
-        merge if isinstance(merge, str) else " ".join(merge) for merge in fields["model"]["merges"]
-    )
-    (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
-    added = {t["content"]: t["id"] for t in fields["added_tokens"]}
-    for name, ids in (("vocab", fields["model"]["vocab"]), ("added_tokens", added)):
-        (folder / f"{name}.json").write_text(json.dumps(ids))
-    (folder / "tokenizer.json").rename(folder.parent / "tokenizer.json")
-
-
-ADDED, RETRAINED = {"added": (USER, "zzz")}, {"retrained": True}
-FOLDERS = [(tokenizer_json, {}), (tokenizer_json, ADDED), (tokenizer_json, RETRAINED)]
-FOLDERS += [(files, {}), (as_files, ADDED), (as_files, RETRAINED), (as_files, RETRAINED | ADDED)]
-
-
-@pytest.mark.parametrize("write, options", FOLDERS)
-def test_a_folder_encodes_as_in_transformers(write, options, tmp_path):
-    """The ids, the end token and what is read back; but an end token in a text is plain text."""
-    folder = tmp_path / "base"
-    folder.mkdir()
-    write(folder, **options)
-    ours = load_tokenizer(folder, 320)  # a padded vocabulary
-    assert ours.eos_id == (0 if "retrained" in options else EOS)
-    assert ours.n_vocab == 263 + len(options.get("added", ()))
+        theirs = theirs.train_new_from_iterator([" ".join(TEXTS) * 9], 263)
+    theirs.add_tokens(added[:1], special_tokens=True)
+    theirs.add_tokens(added[1:])
+    (tmp_path / "vocab.json").unlink()
+    if kind == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+    else:  # and merges.txt, as transformers 4 saves them
+        theirs.backend_tokenizer.model.save(str(tmp_path))
+        (tmp_path / "added_tokens.json").write_text(json.dumps(theirs.get_added_vocab()))
+    ours = load_tokenizer(tmp_path, 320)  # a padded vocabulary
+    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
+    assert ours.eos_id == theirs.eos_token_id == (0 if retrained else EOS)
+    assert ours.n_vocab == len(theirs) and len(ours.encode(" the")) < 4
     for text in [*TEXTS, END]:
         assert ours.decode(ours.encode(text)) == text and ours.eos_id not in ours.encode(text)
-    if write is as_files:
-        (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.GPT2TokenizerFast.from_pretrained(folder)
-    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
-    assert ours.eos_id == theirs.eos_token_id and len(ours.encode(" the")) < 4
-
-
-def test_gpt2s_words_are_split_as_published(tmp_path):
-    """Against its pattern, written down a second time; the ids are those of vocab.json."""
-    oracle = write_vocabulary(tmp_path)
-    ours = load_tokenizer(tmp_path, 263)
-    assert [ours.encode(text) for text in TEXTS] == [oracle.encode_ordinary(text) for text in TEXTS]
 
 
 ENDS = [  # files in the folder beside the vocabulary; the end token of three that are possible

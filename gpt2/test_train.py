@@ -15,22 +15,8 @@ import torch
 from data import files, watch
 from gpt2 import bench, checkpoint, evaluate, fast, train
 from gpt2.checkpoint import load_model, load_run, run_checkpoints
-from gpt2.conftest import (
-    EOS,
-    ROOT,
-    Killed,
-    error_of,
-    flags,
-    lines,
-    metrics,
-    read,
-    resume,
-    same,
-    small_gpt,
-    weights,
-    write_rows,
-    write_vocabulary,
-)
+from gpt2.conftest import EOS, ROOT, Killed, error_of, flags, lines, metrics, read, resume, same
+from gpt2.conftest import small_gpt, weights, write_rows, write_vocabulary
 from gpt2.data import TEMPLATES, RowReader, minibatch
 from gpt2.tokenizer import load_tokenizer
 
@@ -200,10 +186,13 @@ def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch):
     assert (out / "best" / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
 
 
-@pytest.mark.parametrize("step", [0, 4, 6])
-def test_a_killed_run_resumes_bit_for_bit(step, tmp_path, base, data, whole, monkeypatch):
+@pytest.mark.parametrize("step, more", [(0, ""), (4, ""), (6, ""), (4, "--lora_rank 3 --lr 1e-2")])
+def test_a_killed_run_resumes_bit_for_bit(step, more, tmp_path, base, data, whole, monkeypatch):
     """In the base's evaluation, after a checkpoint, at the end; a log is ahead, a line cut off."""
     out, append = tmp_path / "out", files.append
+    if more:
+        whole = tmp_path / "whole"
+        train.main(flags(base, data, whole, *more.split(), steps=6))
 
     def killed(path, rows):
         append(path, rows)
@@ -214,7 +203,7 @@ def test_a_killed_run_resumes_bit_for_bit(step, tmp_path, base, data, whole, mon
 
     monkeypatch.setattr(files, "append", killed)
     with pytest.raises(Killed):  # without a checkpoint, --resume starts
-        train.main(flags(base, data, out, "--resume", steps=6))
+        train.main(flags(base, data, out, "--resume", *more.split(), steps=6))
     monkeypatch.undo()
     for _ in range(2):  # the settings come from the checkpoint; a finished run repeats no line
         resume(out)
@@ -283,17 +272,12 @@ def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole):
     assert {path.name for path in whole.iterdir()} - {"checkpoints"} <= {*checkpoint.OWN}
 
 
-@pytest.mark.parametrize("without", ["fcntl", "locks"])
-def test_a_folder_that_cannot_be_locked_is_used(without, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fcntl", [None, types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4)])
+def test_a_folder_that_cannot_be_locked_is_used(fcntl, tmp_path, monkeypatch, capsys):
     """As on Windows, and on some network drives."""
-
-    def flock(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(checkpoint, "fcntl", None)
-    if without == "locks":
-        fcntl = types.SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4)
-        monkeypatch.setattr(checkpoint, "fcntl", fcntl)
+    if fcntl:
+        fcntl.flock = lambda *_: os.stat("no locks")  # an OSError
+    monkeypatch.setattr(checkpoint, "fcntl", fcntl)
     with checkpoint.locked(tmp_path / "out"):
         assert "out cannot be locked here; do not start a second run" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -346,18 +330,14 @@ def test_every_wrong_value_is_named(capsys):
 
 def test_what_is_evaluated(tmp_path, base, data, capsys):
     """The rows of --data with an answer, and at most --eval_rows of each set and kind."""
-    prior = [*lines(data / "prior.jsonl"), {"prompt": "Q", "answer": "A"}, {"text": "T"}] * 2
-    prior = write_rows(tmp_path / "prior.jsonl", prior)
-    argv = flags(base, data, tmp_path, "--eval", prior, "--old", data / "train.jsonl")
-    del argv[argv.index("--ood") : argv.index("--ood") + 2]
-    sizes = []
+    prior = [*lines(data / "prior.jsonl")] * 4
+    argv = flags(base, data, tmp_path, "--eval", write_rows(tmp_path / "prior.jsonl", prior))
+    expected = dict(test=5, ood=1, texts=4, questions=4, train=6)
     for n in (200, 3):
-        (data / "old.jsonl").write_bytes(b"")
-        args = train.parse_args([*argv, "--eval_rows", str(n), "--old", str(data / "ood.jsonl")])
+        args = train.parse_args([*argv, "--eval_rows", str(n)])
         sets = train.read_sets(args, load_tokenizer(base, 263), 320)
-        sizes.append([len(rows) for rows in sets.values()])
-    assert sets.keys() >= {"test", "ood", "texts", "questions", "train"}
-    assert sizes == [[5, 0, 4, 4, 1, 6], [3, 0, 3, 3, 1, 6]]
+        most = {name: min(size, n) for name, size in expected.items()} | {"train": 6}
+        assert {name: len(rows) for name, rows in sets.items()} == most
     printed = [line for line in capsys.readouterr().out.splitlines() if "--eval_rows" in line]
     assert printed[0] == "note: the first 3 of 5 rows of test are evaluated (--eval_rows)"
     assert len(printed) == 3 and [row["answer"] for row in sets["test"]] == ["0", "1", "2"]
@@ -379,29 +359,22 @@ def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     base, out = tmp_path / "base", tmp_path / "out"
     checkpoint.save_model(small_gpt(vocab_size=320, noise=0.2), base)
-    own = transformers.GPT2TokenizerFast.from_pretrained(write_vocabulary(base) and base)
+    own = transformers.GPT2TokenizerFast.from_pretrained(write_vocabulary(base))
     own = own.train_new_from_iterator([(data / "train.jsonl").read_text()], 263)
     own.chat_template = "{{ messages }}"
-    for name in ("vocab.json", "merges.txt"):
-        (base / name).unlink()
     own.save_pretrained(base)
     settings = {"eos_token_id": 319, "temperature": 0.5}
     (base / "generation_config.json").write_text(json.dumps(settings))
     train.main(flags(base, data, out, "--keep", "best", "--eval_every", 1, steps=2))
+    settings |= dict(eos_token_id=0, bos_token_id=0)
     for folder in (out, out / "best"):
         assert read(folder / "config.json")["eos_token_id"] == 0
-        assert read(folder / "generation_config.json") == settings | dict(
-            eos_token_id=0, bos_token_id=0
-        )
+        assert read(folder / "generation_config.json") == settings
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             assert (folder / name).read_bytes() == (base / name).read_bytes()
-    theirs, sample = (
-        transformers.AutoTokenizer.from_pretrained(out),
-        lines(out / "samples.jsonl")[0],
-    )
-    assert theirs.eos_token_id == 0 and theirs.decode([t["id"] for t in sample["tokens"]])
-    argv = train.parse_args(flags(base, data, out))
-    row = train.read_sets(argv, load_tokenizer(base, 320), 320)["train"][1]
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    sets = train.read_sets(train.parse_args(flags(base, data, out)), load_tokenizer(base, 320), 320)
+    row = sets["train"][1]
     assert row["demonstration_ids"] == [*theirs.encode(row["demonstration"]), 0]
 
 
