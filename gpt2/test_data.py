@@ -20,15 +20,6 @@ def read(path, kind="training", block_size=320, max_new_tokens=8, **settings):
     return reader.read(path, getattr(reader, kind))
 
 
-def test_special_tokens_in_data_are_text(tmp_path):
-    """Nobody's data ends a response; the end after a demonstration is learned once."""
-    row = {"prompt": "a<|endoftext|>b\n", "demonstration": "c<|endoftext|>"}
-    (out,) = read(write_rows(tmp_path / "d.jsonl", [row]))
-    assert out["demonstration_ids"].count(256) == 1 and out["demonstration_ids"][-1] == 256
-    assert 256 not in out["prompt_ids"] + out["teacher_ids"]
-    assert BYTES.decode(out["demonstration_ids"][:-1]) == row["demonstration"]
-
-
 READS = {  # flag: the teacher's prompt, and the field that a row needs for it
     "article": ("A hat.\n\nWhere?\n", "article"),
     "demonstration": (teacher_context("Where?\n", "In the hat."), "demonstration"),
@@ -42,7 +33,8 @@ def test_the_teacher_reads_what_its_flag_names(reads, tmp_path):
     path, template, (expected, needed) = tmp_path / "d.jsonl", TEMPLATES[reads], READS[reads]
     (row,) = read(write_rows(path, [ROW]), template=template)
     assert BYTES.decode(row["teacher_ids"]) == row["teacher_prompt"] == expected
-    assert BYTES.decode(row["prompt_ids"]) == "Where?\n"  # the student reads no more
+    assert row["prompt_ids"] == [*b"Where?\n"]  # the student reads no more
+    assert row["demonstration_ids"] == [*b"In the hat.", 256]  # and learns to end
     without = {name: ROW | {name: None} for name in ("article", "demonstration")}
     write_rows(path, [ROW, without.pop(needed)])
     with pytest.raises(ValueError, match=f"d.jsonl:2: {needed} is missing"):
@@ -54,14 +46,11 @@ def test_the_teacher_reads_what_its_flag_names(reads, tmp_path):
 
 def test_a_template_file_is_taken_as_it_stands(tmp_path):
     """Braces in it or in the data are text; a placeholder may come twice."""
-    row = ROW | {"demonstration": "{prompt} {x}"}
-    path, file = write_rows(tmp_path / "d.jsonl", [row]), tmp_path / "t.txt"
-    file.write_text("{article}|{prompt}|{demonstration}|{prompt}{ }{}")
-    (row,) = read(path, template=read_template(file))
+    path = write_rows(tmp_path / "d.jsonl", [ROW | {"demonstration": "{prompt} {x}"}])
+    (tmp_path / "t.txt").write_text("{article}|{prompt}|{demonstration}|{prompt}{ }{}")
+    (row,) = read(path, template=read_template(tmp_path / "t.txt"))
     assert row["teacher_prompt"] == "A hat.|Where?\n|{prompt} {x}|Where?\n{ }{}"
 
-
-# --- Rows -----------------------------------------------------------------------------------------
 
 LINE = json.dumps(ROW).encode()
 TEMPLATE_LINES = [b"{prompt} {article} {demo}", b"{demonstration}", b"{prompt} {prompt}"]
@@ -69,10 +58,8 @@ BAD_LINES = [  # and a word of the message
     *((value, "not JSON") for value in (LINE[:40], b"{}{}", b"{'prompt': 1}", b"[" * 100_000)),
     *((value, "in place of an object") for value in (b"7", b"null", b"[{}]")),
     (LINE[:13] + b"\xff" + LINE[13:], "UTF-8"),
-    *(
-        (json.dumps(ROW | {f: "D"}).encode(), "same field")
-        for f in ("privileged_context", "completion")
-    ),
+    *((json.dumps(ROW | {f: "D"}).encode(), "same field") for f in ("completion", "context")),
+    (json.dumps(ROW | {"privileged_context": "D"}).encode(), "same field"),
     (json.dumps({"messages": [{"role": "user"}]}).encode(), "messages are not read; write prompt"),
     *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is missing, empty or no text") for f in ROW),
     (json.dumps(ROW | {"answer": 7}).encode(), "answer is missing, empty or no text"),
@@ -92,9 +79,7 @@ def test_every_bad_line_is_named_by_number(tmp_path):
         assert f"{path}:2: " in message and word in message, (bad[:80], message)
     for more in ({"prompt": "P"}, {"answer": "A"}):
         write_rows(path, [{"text": "T"}, {"text": "T"} | more])
-        with pytest.raises(
-            ValueError, match="bad.jsonl:2: text beside prompt or answer; write two"
-        ):
+        with pytest.raises(ValueError, match="bad.jsonl:2: text beside prompt or answer"):
             reader.read(path, reader.prior)
     for bad in TEMPLATE_LINES:
         path.write_bytes(bad)

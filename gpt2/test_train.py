@@ -37,8 +37,6 @@ def assert_same_run(out, whole):
         assert read(out / "results.json")[name] == read(whole / "results.json")[name]
 
 
-# --- Every flag reaches what it names -------------------------------------------------------------
-
 # None at its default.
 CHANGED = dict(ema_alpha=0.3, skip_tokens=1, temperature=0.8, max_new_tokens=7, steps=5)
 CHANGED |= dict(batch_size=3, micro_batch=2, lr=2e-3, warmup=3, weight_decay=0.5, grad_clip=0.05)
@@ -315,17 +313,20 @@ WRONG += [("--teacher", "other"), ("--step", "1"), ("--out_dir", ""), ("--steps"
 WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
 
 
-def test_every_wrong_value_is_named(capsys):
-    """By its flag, before anything is read; and --help prints on a console of Windows."""
-    for flag, value in WRONG:
-        with pytest.raises(SystemExit) as stopped:
-            train.main(["--out_dir", "unused", flag, value])
-        last = capsys.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and "error: " in last and flag in last, (flag, value, last)
-    for program in (train, bench):
-        with pytest.raises(SystemExit):
-            program.main(["--help"])
-        assert len(capsys.readouterr().out.encode("cp1252").splitlines()) > 10
+@pytest.mark.parametrize("flag, value", WRONG)
+def test_every_wrong_value_is_named(flag, value, capsys):
+    """By its flag, before anything is read."""
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--out_dir", "unused", flag, value])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and flag in last
+
+
+@pytest.mark.parametrize("program", [train, bench])
+def test_help_prints_on_a_console_of_windows(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    assert len(capsys.readouterr().out.encode("cp1252").splitlines()) > 10
 
 
 def test_what_is_evaluated(tmp_path, base, data, capsys):
