@@ -81,6 +81,8 @@ def test_every_bad_line_is_named_by_number(tmp_path):
         write_rows(path, [{"text": "T"}, {"text": "T"} | more])
         with pytest.raises(ValueError, match="bad.jsonl:2: text beside prompt or answer"):
             reader.read(path, reader.prior)
+    full = write_rows(path, [{"text": " the" * 320}])  # What fits is not cut off.
+    assert len(reader.read(full, reader.prior)[0]["text_ids"]) == 320
     for bad in TEMPLATE_LINES:
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="bad.jsonl: a template needs {prompt}, and "):

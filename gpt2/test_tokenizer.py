@@ -26,6 +26,8 @@ def test_a_folder_encodes_as_in_transformers(kind, added, retrained, tmp_path):
     theirs.add_tokens(added[1:])
     (tmp_path / "vocab.json").unlink()
     if kind == "tokenizer.json":
+        theirs.backend_tokenizer.enable_truncation(2)  # which a folder may ask for
+        theirs.backend_tokenizer.enable_padding(length=99)
         theirs.save_pretrained(tmp_path)
     else:  # and merges.txt, as transformers 4 saves them
         theirs.backend_tokenizer.model.save(str(tmp_path))
