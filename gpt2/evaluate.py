@@ -140,9 +140,10 @@ def report(folders):
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             config, base, final = (results[name] for name in ("config", "base", "final"))
-        except (OSError, ValueError, LookupError, TypeError):
+            label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
+            table([(label, base), (label, final)])
+        except Exception:  # whatever the contents of another file raise
             raise ValueError(f"{folder} is not the --out_dir of a finished run") from None
-        label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))

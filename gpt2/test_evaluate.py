@@ -137,8 +137,15 @@ def test_report_shows_runs_beside_their_base(tmp_path):
         f"| base of {tmp_path}/c | - | - | - | - | - | - | - | 0.90 |",
         f"| {tmp_path}/c: {label}",
     ]
-    none = tmp_path / "none"
-    assert f"{none} is not the --out_dir of a finished run" in error_of("--report", none)
+    for odd in (
+        "[" * 10**5,
+        "[]",
+        json.dumps(results | {"final": {"exact": None}}),
+        json.dumps({}),
+    ):
+        (tmp_path / "c" / "results.json").write_text(odd)
+        words = f"{tmp_path}/c is not the --out_dir of a finished run"
+        assert words in error_of("--report", tmp_path / "a", tmp_path / "c")
 
 
 def test_what_is_watched():

@@ -103,7 +103,8 @@ def of_tokenizer_json(folder):
     own.encode_special_tokens = True
     own.no_truncation()
     own.no_padding()
-    encode = lambda text: own.encode(text, add_special_tokens=False).ids
+    utf_8 = lambda text: text.encode(errors="replace").decode()  # without lone surrogates
+    encode = lambda text: own.encode(utf_8(text), add_special_tokens=False).ids
     decode = lambda tokens: own.decode(tokens, skip_special_tokens=False)
     return Tokenizer(encode, decode, max(own.get_vocab().values()) + 1, eos_id)
 
@@ -118,8 +119,7 @@ def read_merges(folder):
         raise ValueError("the ids of vocab.json are not in the order of merges.txt")
     taken = {*ranks.values()}
     special = {word: i for word, i in vocab.items() if i not in taken}
-    ids = {"mergeable_ranks": ranks, "special_tokens": special}
-    return tiktoken.Encoding("local", pat_str=PATTERN, **ids)
+    return tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def of_encoding(encoding, folder=None):
