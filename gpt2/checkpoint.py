@@ -100,6 +100,8 @@ def load_model(name_or_folder):
     """
     try:
         model = GPT.from_pretrained(name_or_folder)
+        if model.config.n_embd % model.config.n_head:
+            raise ValueError("n_head of config.json does not divide n_embd")
         for name, w in model.named_parameters():
             if not w.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")

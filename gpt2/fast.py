@@ -152,10 +152,8 @@ class RolloutGPT(GPT):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
-
-    Otherwise the system maps and clears the pages of large blocks again for every update, which
-    `gpt2.bench --peers` shows beside TRL.
+    """Have glibc keep freed memory for the next tensors, whose pages the system would otherwise map
+    and clear again. Other C libraries stay as they are.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -46,6 +46,11 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*; .* fetch its files again"):
         load_model(str(tmp_path))
+    model.config.n_head = 3
+    save_model(model, tmp_path)
+    with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*n_head .* does not divide"):
+        load_model(str(tmp_path))
+    model.config.n_head = 2
     model.ln_f.bias.data[0] = torch.nan
     save_model(model, tmp_path)
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*ln_f.bias .* not finite"):
