@@ -3,7 +3,7 @@
     python -m gpt2.bench             # ours
     python -m gpt2.bench --peers     # beside transformers' generate and TRL's trainer
 
-Times are medians after one that does not count. Every response has its full length, and every update
+Times are medians after one that does not count. Every response has its full length. Every update
 runs in a process of its own, with a peak of its own. Ours keep freed memory, as gpt2.train does;
 TRL's are shown without and with that.
 """
@@ -57,7 +57,7 @@ def median_seconds(f, repeats=5):
 
 
 def peak_memory():
-    """MiB of this process alone; NaN without Linux's /proc. getrusage would count its parent too."""
+    """MiB of this process alone; NaN without /proc. getrusage would count its parent too."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(s.split()[1]) / 1024 for s in lines if s.startswith("VmHWM")), float("nan"))

@@ -1,4 +1,4 @@
-"""What gpt2/tokenizer.py guarantees: a model's own ids, and its own end token. CPU only, offline."""
+"""What gpt2/tokenizer.py guarantees: a model's own ids and its own end token. CPU only, offline."""
 
 import json
 import sys

@@ -356,7 +356,7 @@ def test_a_log_may_hold_anything(tmp_path, base, data, whole):
 
 
 def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
-    """In memory and in the folders that are written: a padded vocabulary, an end token with id 0."""
+    """In memory and in the folders that are written: a padded vocabulary, end token 0."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     base, out = tmp_path / "base", tmp_path / "out"
     checkpoint.save_model(small_gpt(vocab_size=320, noise=0.2), base)
