@@ -1,21 +1,18 @@
-"""What an SDFT update of GPT-2 costs on this machine, with random weights.
+"""What an SDFT update of GPT-2 costs on this machine's CPU, with random weights.
 
-    python -m gpt2.bench             # the phases of an update
-    python -m gpt2.bench --peers     # transformers' generate and TRL's trainer beside ours
+    python -m gpt2.bench             # ours
+    python -m gpt2.bench --peers     # beside transformers' generate and TRL's trainer
 
-Times are medians of several runs after one that does not count.
-Beside the peers every response has its full length, and every update runs in a process of its own,
-whose peak memory is then its own. Our updates keep freed memory, as gpt2.train does; TRL's are
-shown without and with that.
+Times are medians after one that does not count. Every response has its full length. Every update
+runs in a process of its own, with a peak of its own. Ours keep freed memory, as gpt2.train does;
+TRL's are shown without and with that.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -32,9 +29,9 @@ NO_END = -1  # in place of an end token: every response has its full length
 PACKAGES = {"transformers": "5.24.0", "trl": "1.16.0"}
 ROLLOUT, UPDATE = (8, 64, 64), (8, 32, 32)  # --peers: rows, tokens of a prompt, of a response
 OURS = {  # label: settings of gpt2.train
-    "ours float32": {},
-    "ours bfloat16": {"dtype": "bfloat16"},
-    "ours float32, --lora_rank 16 --micro_batch 2": {"lora_rank": 16, "micro_batch": 2},
+    "ours float32": ["--dtype", "float32"],
+    "ours bfloat16": ["--dtype", "bfloat16"],
+    "ours float32, --lora_rank 16 --micro_batch 2": ["--lora_rank", "16", "--micro_batch", "2"],
 }
 COMPARED = [
     ("TRL float32", "ours float32"),
@@ -42,38 +39,28 @@ COMPARED = [
     ("TRL as it comes", "ours bfloat16"),
     ("TRL float32", "ours float32, --lora_rank 16 --micro_batch 2"),
 ]
-TRL = {  # fields of TRL's SDFTConfig that make it compute what gpt2.train does by default
-    **{"teacher_model_kind": "ema", "teacher_update_rate": 0.02, "teacher_sync_steps": 1},
-    **{"distillation_mode": "full_logits", "distillation_alpha": 1.0, "max_prompt_length": None},
-    **{"num_generations": 1, "num_iterations": 1, "steps_per_generation": 1},
-    **{"gradient_accumulation_steps": 1, "use_cpu": True, "report_to": "none"},
-    **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True},
-}
-# Nothing is looked up in the network, and nothing else is printed.
-QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
-QUIET |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-
-
-def seconds(f):
-    start = time.perf_counter()
-    f()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+# Fields of TRL's SDFTConfig that make it compute what gpt2.train does by default.
+TRL = {"teacher_model_kind": "ema", "teacher_update_rate": 0.02, "teacher_sync_steps": 1}
+TRL |= {"distillation_mode": "full_logits", "distillation_alpha": 1.0, "max_prompt_length": None}
+TRL |= {"num_generations": 1, "num_iterations": 1, "steps_per_generation": 1}
+TRL |= {"gradient_accumulation_steps": 1, "use_cpu": True, "report_to": "none"}
+TRL |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 
 def median_seconds(f, repeats=5):
-    return statistics.median([seconds(f) for _ in range(repeats + 1)][1:])
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
-def memory(field):
-    """MiB of this process: "VmHWM" is the peak, "VmRSS" now. NaN without Linux's /proc.
-
-    The peak that getrusage knows would count the parent process too.
-    """
+def peak_memory():
+    """MiB of this process alone; NaN without /proc. getrusage would count its parent too."""
     status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else f"{field}: nan"
-    return float(re.search(rf"{field}:\s+(\w+)", text)[1]) / 1024
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(s.split()[1]) / 1024 for s in lines if s.startswith("VmHWM")), float("nan"))
 
 
 def in_a_process(function, *arguments):
@@ -84,68 +71,6 @@ def in_a_process(function, *arguments):
 
 def random_prompts(*shape):
     return torch.randint(98, shape).tolist()  # of the words of `their_updates`
-
-
-def machine(*packages):
-    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
-    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return ", ".join([cpu, f"torch {torch.__version__}", *versions])
-
-
-# --- The phases of an update ----------------------------------------------------------------------
-
-
-def updater(args, student, B, P, C, device):
-    """A function that makes one update on B rows of random tokens."""
-    if args.lora_rank:
-        lora.add_adapters(student, args.lora_rank, alpha=16.0)
-    roles = student, lora.share(student).requires_grad_(False), train.make_optimizer(student, args)
-    options = {"rollout_dtype": train.rollout_dtype(args, device), "micro_batch": args.micro_batch}
-    options["generators"] = fast.row_generators(0, 0, range(B), device)
-
-    def update():
-        contexts = random_prompts(B, P), random_prompts(B, 2 * P)
-        with train.autocast(args, device):
-            fast.train_step(*roles, *contexts, C, NO_END, **options)
-
-    return update
-
-
-def bench_update(args, student, device):
-    """Print the table for args.batch_size rows, and responses of args.max_new_tokens tokens."""
-    B, P, C = args.batch_size, 64, args.max_new_tokens
-    rollout_dtype = train.rollout_dtype(args, device)
-    print(
-        f"{device}, {machine()}\n"
-        f"{args.init_from}, --dtype {args.dtype}, rollout in {rollout_dtype}\n"
-        f"batch {B}, prompt {P}, teacher's prompt {2 * P}, completion {C} tokens\n",
-        flush=True,
-    )
-    update = median_seconds(updater(args, student, B, P, C, device))
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory("VmHWM")
-    contexts = [random_prompts(B, n) for n in (P, 2 * P)]
-    generators = fast.row_generators(0, 0, range(B), device)
-    rollout_model, teacher = fast.RolloutGPT.of(student, rollout_dtype), lora.share(student)
-
-    def roll_out():
-        return fast.rollout(rollout_model, contexts[0], C, NO_END, 1.0, generators)
-
-    def score():
-        student.zero_grad()
-        with train.autocast(args, device):
-            fast.distill_backward(student, teacher, *contexts, *responses, "reverse")
-
-    responses = roll_out()  # completions and mask, (B, C) each
-    rollout, scoring = median_seconds(roll_out), median_seconds(score)
-    print("| phase | ms | share |\n|---|---:|---:|")
-    phases = {"rollout": rollout, "scoring, loss, backward": scoring}
-    phases |= {"packing, clipping, AdamW, EMA": update - rollout - scoring, "the update": update}
-    for phase, took in phases.items():
-        print(f"| {phase} | {1e3 * took:,.0f} | {took / update:.0%} |")
-    print(f"\nrollout: {B * C / rollout:.0f} tokens/s\npeak memory: {peak:,.0f} MiB")
-
-
-# --- Beside transformers and TRL ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -160,40 +85,48 @@ def rollout_seconds(folder, dtype):
     ours = fast.RolloutGPT.of(student, dtype)
     prompts = torch.randint(student.config.vocab_size, (B, P))
 
-    def generate():
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
-        theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(prompts)
 
     def roll_out():
         generators = fast.row_generators(0, 0, range(B), "cpu")
         fast.rollout(ours, prompts.tolist(), C, NO_END, 1.0, generators)
 
-    return [median_seconds(f) for f in (generate, roll_out)]
+    return [median_seconds(f) for f in (lambda: theirs.generate(prompts, **options), roll_out)]
 
 
 def update(label, folder, shape, steps=3):
     """Median seconds of the updates after the first, and MiB of this process's peak."""
     if label in OURS or "freed memory kept" in label:
         fast.keep_freed_memory()
-    updates = our_updates if label in OURS else their_updates
-    ends = updates(label, folder, *shape, steps + 1)
-    return statistics.median(b - a for a, b in zip(ends, ends[1:])), memory("VmHWM")
+    if label in OURS:
+        took = median_seconds(our_update(OURS[label], folder, *shape), steps)
+    else:
+        ends = their_updates(label, folder, *shape, steps + 1)
+        took = statistics.median(b - a for a, b in zip(ends, ends[1:]))
+    return took, peak_memory()
 
 
-def our_updates(label, folder, B, P, C, steps):
-    """The time at the end of each update."""
-    settings = {"dtype": "float32", "rollout_dtype": "auto", "lora_rank": None, "micro_batch": None}
-    args = argparse.Namespace(**settings | OURS[label], lr=1e-5, weight_decay=0.0)
+def our_update(settings, folder, B, P, C):
+    """A function that makes one update on B rows of random tokens."""
+    args, device = train.parse_args(["--out_dir", "unused", *settings]), torch.device("cpu")
     student = fast.save_memory(GPT.from_pretrained(folder))
-    one, ends = updater(args, student, B, P, C, torch.device("cpu")), []
-    for _ in range(steps):
-        one()
-        ends.append(time.perf_counter())
-    return ends
+    if args.lora_rank:
+        lora.add_adapters(student, args.lora_rank, args.lora_alpha)
+    roles = student, lora.share(student).requires_grad_(False), train.make_optimizer(student, args)
+    options = {"rollout_dtype": train.rollout_dtype(args, device), "micro_batch": args.micro_batch}
+    options["generators"] = fast.row_generators(0, 0, range(B), device)
+
+    def one():
+        contexts = random_prompts(B, P), random_prompts(B, 2 * P)
+        with train.autocast(args, device):
+            fast.train_step(*roles, *contexts, C, NO_END, **options)
+
+    return one
 
 
 def their_updates(label, folder, B, P, C, steps):
-    """The time at the end of each update of TRL's trainer."""
+    """When each update of TRL's trainer ended."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -239,24 +172,23 @@ def table(rollouts, updates):
     return "\n".join(lines)
 
 
-def bench_peers(student):
-    if missing := [package for package in PACKAGES if not importlib.util.find_spec(package)]:
-        command = " ".join(f"{package}=={version}" for package, version in PACKAGES.items())
-        raise ValueError(f"--peers needs {' and '.join(missing)}: pip install {command}")
-    os.environ |= QUIET
-    updates, rollouts = dict.fromkeys(label for pair in COMPARED for label in pair), {}
+def bench(student, peers):
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up in the network
+    theirs = [label for label, _ in COMPARED] if peers else []
+    updates, rollouts = dict.fromkeys([*theirs, *OURS]), {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_model(student, folder)
         for label in updates:
-            print(f"update, {label}", file=sys.stderr)
             updates[label] = in_a_process(update, label, folder, UPDATE)
-        for dtype in ("float32", "bfloat16"):
-            print(f"rollout, {dtype}", file=sys.stderr)
+            took, peak = updates[label]
+            print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
+        for dtype in ("float32", "bfloat16") if peers else ():
             rollouts[dtype] = rollout_seconds(folder, getattr(torch, dtype))
-    print(f"{machine(*PACKAGES)}\n\n{table(rollouts, updates)}", flush=True)
-
-
-# --- The command ----------------------------------------------------------------------------------
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
+    print(f"\n{', '.join([cpu, f'torch {torch.__version__}', *versions])}\n")
+    if peers:
+        print(table(rollouts, updates))
 
 
 def main(argv=None):
@@ -264,13 +196,6 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
-    p.add_argument("--batch_size", type=int, default=8, help="rows (default: 8)")
-    p.add_argument("--max_new_tokens", type=int, default=64, help="tokens per row (default: 64)")
-    dtypes = ("auto", "float32", "bfloat16")
-    p.add_argument("--dtype", choices=dtypes, default="auto", help="as of gpt2.train")
-    p.add_argument("--rollout_dtype", choices=dtypes, default="auto", help="as of gpt2.train")
-    p.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
-    p.set_defaults(lr=1e-5, weight_decay=0.0, lora_rank=None, micro_batch=None)
     args = p.parse_args(argv)
     try:
         torch.manual_seed(0)
@@ -278,11 +203,10 @@ def main(argv=None):
             student = GPT(GPTConfig(1024, 50257, *GPT2_SIZES[args.init_from]))
         else:
             student = checkpoint.load_model(args.init_from)
-        if args.peers:
-            return bench_peers(student)
-        fast.keep_freed_memory()
-        device = train.pick_device(args.device)
-        bench_update(args, fast.save_memory(student.to(device)), device)
+        bench(student, args.peers)
+    except ImportError as e:
+        command = " ".join(f"{package}=={version}" for package, version in PACKAGES.items())
+        sys.exit(f"error: --peers needs {e.name}: pip install {command}")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

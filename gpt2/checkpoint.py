@@ -1,7 +1,6 @@
 """Files: GPT-2 checkpoints in and out, everything written whole or not at all, runs resumed."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -13,44 +12,49 @@ import torch
 from data import files
 from data.files import write_whole
 from gpt2 import lora
+from gpt2.tokenizer import FILES, read_json
 from model import COMPUTED, GPT, GPT2_SIZES
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-TOKENIZER_FILES += ("special_tokens_map.json",)
+TOKENIZER_FILES = (*FILES, "chat_template.jinja", "chat_template.json")
 STATE = {"argv", "step", "base_scores", "student", "teacher", "optimizer"}  # of a checkpoint
-RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "best", "adapter", "config.json")
-
-
-# --- The folder of a run --------------------------------------------------------------------------
+OWN = ("results.json", "metrics.jsonl", "samples.jsonl", "best", "adapter", "config.json")
+OWN += ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES)  # what a run writes
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keeps other runs out of a folder, which is made if need be, and removed again if it is empty.
-
-    The system ends the lock with the process, even if it is killed.
-    """
+    """Keeps other runs out of a folder, which is made, and removed again if it stays empty."""
+    # The system ends the lock with the process, even if it is killed.
     Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
     try:
+        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another run is writing to {folder}; wait for its end") from None
+    except (AttributeError, OSError):  # Windows, or a file system without locks
+        print(f"note: {folder} cannot be locked here; do not start a second run in it")
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             os.rmdir(folder)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_new(folder):
     """A new run overwrites nothing."""
     if run_checkpoints(folder):
         raise ValueError(f"{folder} already holds a run; --resume it, or choose another --out_dir")
-    for name in (*RUN_FILES, *WEIGHT_FILES, *TOKENIZER_FILES):
+    for name in OWN:
         if (Path(folder) / name).exists():
             raise ValueError(f"{folder} already holds {name}; choose another --out_dir")
 
@@ -75,10 +79,11 @@ def rewind(path, step, last):
     """
     if not path.exists():
         return []
-    rows = [row for row in files.read(path)[0] if type(row.get("step")) is int]
+    rows = [
+        row for row in files.read(path)[0] if type(row.get("step")) is int and row["step"] <= step
+    ]
     of_look = {"eval", "tokens"}  # in metrics.jsonl and in samples.jsonl
-    again = lambda row: row["step"] > step or (row["step"] == last and of_look & row.keys())
-    rows = [row for row in rows if not again(row)]
+    rows = [row for row in rows if row["step"] != last or not of_look & row.keys()]
 
     def write(tmp):
         tmp.write_bytes(b"")  # whatever a kill has left there
@@ -88,14 +93,6 @@ def rewind(path, step, last):
     return rows
 
 
-# --- Weights in Hugging Face's format -------------------------------------------------------------
-
-
-def source_folder(name_or_folder):
-    """The folder of the weights and perhaps of a vocabulary; None if the model is downloaded."""
-    return None if name_or_folder in GPT2_SIZES else Path(name_or_folder)
-
-
 def load_model(name_or_folder):
     """`GPT.from_pretrained`, with one sentence for all that may be wrong.
 
@@ -103,33 +100,35 @@ def load_model(name_or_folder):
     """
     try:
         model = GPT.from_pretrained(name_or_folder)
+        if model.config.n_embd % model.config.n_head:
+            raise ValueError("n_head of config.json does not divide n_embd")
         for name, w in model.named_parameters():
             if not w.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
             w.data = w.data.clone()  # A file that is only mapped into memory may change or shrink.
         return model
     except Exception as e:  # whatever a missing or damaged file makes the readers raise
-        reason = " ".join(str(e).split())[:200]
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         remedy = "name a folder with config.json and weights of GPT-2, or fetch its files again"
         if name_or_folder in GPT2_SIZES:
             file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name_or_folder}.bin"
             remedy = f"connect to the network once, or delete {file} if it is damaged"
-        kind = type(e).__name__
-        raise ValueError(f"cannot load {name_or_folder} ({kind}: {reason}); {remedy}") from None
+        raise ValueError(f"cannot load {name_or_folder} ({reason}); {remedy}") from None
 
 
-def save_model(model, folder, eos_id=None):
+def save_model(model, folder, tokenizer=None):
     """`model.save_pretrained`, atomically, with all of transformers' fields of the configuration.
 
     The weights go to model.safetensors if safetensors is installed, else to pytorch_model.bin.
-    The end token is the last of the vocabulary if eos_id is None.
+    The tokenizer's files and end token go with them; without one, the last token is the end.
     """
     folder, c = Path(folder), model.config
-    eos_id = c.vocab_size - 1 if eos_id is None else eos_id
+    eos_id = tokenizer.eos_id if tokenizer else c.vocab_size - 1
+    source = tokenizer and tokenizer.folder
+    ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
     fields = COMPUTED | {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
     fields |= {"n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer}
-    fields |= {"n_head": c.n_head, "n_embd": c.n_embd}
-    fields |= {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    fields |= {"n_head": c.n_head, "n_embd": c.n_embd} | ends
     name, stale, weights = *WEIGHT_FILES, model.checkpoint()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -141,7 +140,12 @@ def save_model(model, folder, eos_id=None):
         name, stale = stale, name
         write_tensors(folder / name, weights)
     write_json(folder / "config.json", fields)
+    generates = read_json(source / "generation_config.json") if source else {}
+    write_json(folder / "generation_config.json", ends | generates | {"eos_token_id": eos_id})
     (folder / stale).unlink(missing_ok=True)  # an earlier save's, which readers may prefer
+    for name in TOKENIZER_FILES if source else ():
+        if (source / name).is_file():
+            write_whole(folder / name, lambda tmp: shutil.copyfile(source / name, tmp))
 
 
 def save_adapters(model, folder, base):
@@ -150,21 +154,11 @@ def save_adapters(model, folder, base):
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     fields |= {"r": rank, "lora_alpha": alpha, "target_modules": ["c_attn", "c_proj", "c_fc"]}
     fields |= {"fan_in_fan_out": True}  # GPT-2 keeps its weights as (in, out)
-    prefix = "base_model.model.transformer"
-    adapters = {f"{prefix}.{name}.weight": w.cpu() for name, w in lora.state(model).items()}
+    name = "base_model.model.transformer.{}.weight"
+    adapters = {name.format(key): w.cpu() for key, w in lora.state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "adapter_model.bin", adapters)
     write_json(folder / "adapter_config.json", fields)
-
-
-def copy_tokenizer(source, folder):
-    """A checkpoint's own vocabulary goes where its weights go; None is a download, without one."""
-    for name in TOKENIZER_FILES if source else ():
-        if (source / name).is_file():
-            write_whole(folder / name, lambda tmp: shutil.copyfile(source / name, tmp))
-
-
-# --- Checkpoints of a run -------------------------------------------------------------------------
 
 
 def run_checkpoints(out_dir):

@@ -11,20 +11,19 @@ import tiktoken
 import torch
 
 from gpt2 import checkpoint, train
+from gpt2.tokenizer import LETTERS, of_encoding
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ 2"]  # Ġ is GPT-2's letter for a space
 EOS = 262
-# GPT-2's published pattern, written down a second time: the oracle of gpt2/data.py's.
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+ONE_BYTE_EACH = {bytes([i]): i for i in range(256)}
+END = {"<|endoftext|>": 256}
 BYTES = tiktoken.Encoding(
-    "bytes",
-    pat_str=r"[\s\S]",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={"<|endoftext|>": 256},
+    "bytes", pat_str=r"[\s\S]", mergeable_ranks=ONE_BYTE_EACH, special_tokens=END
 )
+BYTES = of_encoding(BYTES)
 
 
 def small_gpt(seed=0, noise=0.1, ends=0.0, **sizes):
@@ -44,18 +43,11 @@ def small_gpt(seed=0, noise=0.1, ends=0.0, **sizes):
 
 
 def write_vocabulary(folder):
-    """GPT-2's two files with six merges; returns the same as an Encoding, to compare with."""
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    letters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    tokens = [*letters, *(m.replace(" ", "") for m in MERGES), "<|endoftext|>"]
+    """GPT-2's two files with six merges: 263 tokens, the last one ends a text."""
+    tokens = [*LETTERS, *(m.replace(" ", "") for m in MERGES), "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
-    ranks = {bytes(letters[c] for c in t): i for i, t in enumerate(tokens[:-1])}
-    special = {"<|endoftext|>": EOS}
-    return tiktoken.Encoding(
-        "small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    return folder
 
 
 def write_rows(path, rows):

@@ -1,77 +1,25 @@
-"""From JSONL files to rows of token ids: the encoding, what each role reads, minibatches."""
+"""From JSONL files to rows of token ids: what each role reads, and minibatches."""
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tiktoken
-import tiktoken.load
 import torch
 
+from gpt2.tokenizer import Tokenizer
 from sdft import student_context, teacher_context
 
-# How GPT-2 splits a text into words before it merges bytes.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 FIELDS = ("prompt", "demonstration", "article", "answer", "text", "where")
-ALIASES = {"privileged_context": "demonstration", "context": "article"}
+ALIASES = {"privileged_context": "demonstration", "completion": "demonstration"}
+ALIASES |= {"context": "article"}
 TEMPLATES = {  # --teacher_reads: what the teacher reads of a row
     "article": "{article}\n\n{prompt}",
     "demonstration": teacher_context("{prompt}", "{demonstration}"),
     "both": teacher_context("{prompt}", "{demonstration}", "{article}"),
 }
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-
-
-# --- Tokens ---------------------------------------------------------------------------------------
-
-
-def load_encoding(folder):
-    """GPT-2's byte-pair encoding: of vocab.json and merges.txt in the folder, else tiktoken's."""
-    vocab, merges = (Path(folder or "") / name for name in ("vocab.json", "merges.txt"))
-    if not (folder and vocab.is_file() and merges.is_file()):
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as e:  # requests has many kinds of them
-            raise OSError(
-                f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); connect to the "
-                "network once, set TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json "
-                "and merges.txt beside the weights of --init_from"
-            ) from None
-    try:
-        # tiktoken caches by path. The hashes make it read a file that has changed again.
-        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (merges, vocab)]
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(vocab), *hashes)
-        special = {"<|endoftext|>": json.loads(vocab.read_text(encoding="utf-8"))["<|endoftext|>"]}
-        if special["<|endoftext|>"] != len(ranks):
-            raise ValueError
-        return tiktoken.Encoding(
-            "gpt2-local", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
-        )
-    except Exception:  # whatever a damaged file makes the reader raise
-        raise ValueError(
-            f"{vocab} and {merges} are damaged, or not in GPT-2's format with <|endoftext|> as the "
-            "last token; fetch them again"
-        ) from None
-
-
-def to_bytes(enc, tokens):
-    """Of one token, or of a response without its end token; ids beyond the encoding are 0xFF."""
-    tokens = tokens[:-1] if len(tokens) > 1 and tokens[-1] == enc.eot_token else tokens
-    return b"".join(
-        enc.decode_single_token_bytes(t) if t < enc.n_vocab else b"\xff" for t in tokens
-    )
-
-
-def decode(enc, tokens):
-    """Text of token ids up to the end token."""
-    tokens = tokens[: tokens.index(enc.eot_token)] if enc.eot_token in tokens else tokens
-    return to_bytes(enc, tokens).decode("utf-8", "replace")
-
-
-# --- The teacher's template -----------------------------------------------------------------------
 
 
 def read_template(path):
@@ -96,12 +44,8 @@ def fill_template(template, row):
     return PLACEHOLDER.sub(lambda match: text_of(row, match[1]), template)
 
 
-# --- Rows -----------------------------------------------------------------------------------------
-
-
 def read_jsonl(path):
-    """The objects of a JSONL file, which may be a pipe, each with `where` it stands. A null counts
-    as absent."""
+    """The objects of a JSONL file, which may be a pipe, each with `where` it stands."""
     rows = []
     for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         where = f"{path}:{n}"
@@ -117,11 +61,12 @@ def read_jsonl(path):
                 f"{where}: not JSON in UTF-8 ({reason}); write one object {{...}} a line"
             ) from None
         row = {name: value for name, value in row.items() if value is not None}
+        if "messages" in row:
+            raise ValueError(f"{where}: messages are not read; write prompt and demonstration")
         for alias, name in ALIASES.items():
             if alias in row and name in row:
                 raise ValueError(f"{where}: {name} and {alias} are the same field; remove one")
-            if alias in row:
-                row[name] = row.pop(alias)
+            row |= {name: row.pop(alias)} if alias in row else {}
         rows.append(row | {"where": where})
     if not rows:
         raise ValueError(f"{path} holds no rows; write one JSON object a line")
@@ -132,8 +77,8 @@ def text_of(row, name):
     """A field's text, which must be there and not be empty."""
     text = row.get(name, "")
     if not isinstance(text, str) or not text.strip():
-        problem = "missing, empty or no text; write it in double quotes"
-        raise ValueError(f"{row['where']}: {name} is {problem}")
+        problem = f"{name} is missing, empty or no text; write it in double quotes"
+        raise ValueError(f"{row['where']}: {problem}")
     return text
 
 
@@ -142,11 +87,10 @@ class RowReader:
     """Turns the lines of JSONL files into rows of token ids, and checks that they fit the model.
 
     `training`, `task` and `prior` each make a row of a line. Its `need` is the number of tokens
-    that it takes in one sequence. Special tokens in a text are plain text: nobody's data ends a
-    response.
+    that it takes in one sequence.
     """
 
-    enc: tiktoken.Encoding
+    tokenizer: Tokenizer
     block_size: int
     max_new_tokens: int
     template: str = TEMPLATES["both"]
@@ -154,13 +98,10 @@ class RowReader:
     skip_long: bool = False
     notes: list = field(default_factory=list)  # what the user should know of the files read
 
-    def __post_init__(self):
-        longest = max(map(len, self.enc.token_byte_values()))  # in bytes
-        self.enough = longest * (self.block_size + 1)  # characters: more tokens than fit
-
     def encode(self, text):
         """Token ids. What cannot fit is cut off, but still too long: tiktoken panics at it."""
-        return self.enc.encode_ordinary(text[: self.enough])
+        longest = self.tokenizer.longest
+        return self.tokenizer.encode(text[: longest and longest * (self.block_size + 1)])
 
     def training(self, line):
         """prompt and what the template and SFT need; an answer is optional."""
@@ -171,11 +112,10 @@ class RowReader:
         row["demonstration"] = ""
         if self.imitates or "demonstration" in line:
             row["demonstration"] = text_of(line, "demonstration")
-            row["demonstration_ids"] = self.encode(row["demonstration"]) + [self.enc.eot_token]
+            row["demonstration_ids"] = [*self.encode(row["demonstration"]), self.tokenizer.eos_id]
             row["glued"] = not (row["prompt"][-1].isspace() or row["demonstration"][0].isspace())
         if self.imitates:
-            need = len(row["prompt_ids"]) + len(row["demonstration_ids"])
-            row["need"] = max(row["need"], need)
+            row["need"] = max(row["need"], len(row["prompt_ids"]) + len(row["demonstration_ids"]))
         return row
 
     def task(self, line, answered=True):
@@ -187,13 +127,17 @@ class RowReader:
 
     def prior(self, line):
         """text for perplexity, or prompt and answer for accuracy."""
-        if "text" in line:
-            # The end token stands before a text, and its last token predicts nothing.
-            ids = self.encode(text_of(line, "text"))
-            return {"text_ids": ids, "need": len(ids), "where": line["where"]}
-        row = self.task(line)
-        row["answer_ids"] = self.encode(row["answer"])
-        return row | {"need": len(row["prompt_ids"]) + len(row["answer_ids"])}
+        if "text" not in line:
+            row = self.task(line)
+            # A greedy response is right with and without a space before it; so is the answer here.
+            word = row["answer"].strip()
+            row["answer_ids"] = [self.encode(word), self.encode(" " + word)]
+            return row | {"need": len(row["prompt_ids"]) + max(map(len, row["answer_ids"]))}
+        if "prompt" in line or "answer" in line:
+            raise ValueError(f"{line['where']}: text beside prompt or answer; write two rows")
+        # The end token stands before a text, and its last token predicts nothing.
+        ids = self.encode(text_of(line, "text"))
+        return {"text_ids": ids, "need": len(ids), "where": line["where"]}
 
     def read(self, path, make_row):
         """The rows of a file; make_row is one of the three methods above."""
@@ -218,9 +162,6 @@ class RowReader:
     def note(self, what, places):
         if places:
             self.notes.append(f"{what}, {len(places)} in all, the first at {places[0]}")
-
-
-# --- Batches --------------------------------------------------------------------------------------
 
 
 def minibatch(n, batch_size, step, seed):

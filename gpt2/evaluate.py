@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 
 from data import watch
 from data.scoring import contains, is_exact
-from gpt2.data import batches, decode, pad_right
+from gpt2.data import batches, pad_right
 from sdft import completion_logits, rollout, token_divergence
 
 N_WATCHED = 24  # training rows
+PATIENCE = 10  # seconds of an evaluation without a line
 COLUMNS = {  # of the tables: score -> heading and format
     "exact": ("new exact", "{:.2f}"),
     "lenient": ("lenient", "{:.2f}"),
@@ -25,65 +27,59 @@ COLUMNS = {  # of the tables: score -> heading and format
 
 
 @torch.no_grad()
-def evaluate(model, sets, enc, max_new_tokens, batch_size, base=None, start=False):
-    """Scores of a model on sets {"train", "test", "ood", "prior", "old FILE" ...: rows}, greedily.
+def evaluate(model, sets, tokenizer, max_new_tokens, batch_size, base=None):
+    """Scores of a model on {name: rows}, the sets of `train.read_sets`, greedily.
 
     exact, lenient  share of "test" answered right, by each match of data/scoring.py
     length          tokens of those responses, with the end token
     kl_to_base      KL(model ‖ base) in nats per token of those responses
     ood, old FILE   share of that set answered right, leniently
-    prior_ppl       perplexity of the texts of "prior"
-    prior_acc       share of the questions of "prior" whose answer is the likeliest continuation,
-                    token by token
-    as_teacher      at the start, or if base is None, so that the model is the base: share of
-                    "train" answered right, leniently, with the teacher's prompt
+    prior_ppl       perplexity of the "texts"
+    prior_acc       share of the "questions" whose answer is the likeliest continuation, token by
+                    token, with or without a space before it
     """
-    scores, limits = {}, (enc, max_new_tokens, batch_size)
+    scores, eos_id = {}, tokenizer.eos_id
+
+    def responses(name):
+        """Batches of prompts, completions (B, C) and mask (B, C); and all texts."""
+        rows, done, texts, last = sets[name], [], [], time.monotonic()
+        for i in range(0, len(rows), batch_size):
+            if time.monotonic() - last > PATIENCE:
+                print(f"evaluating {name}: {i} of {len(rows)} rows")
+                last = time.monotonic()
+            prompts = [row["prompt_ids"] for row in rows[i : i + batch_size]]
+            done.append((prompts, *rollout(model, prompts, max_new_tokens, eos_id, temperature=0)))
+            texts += map(tokenizer.decode, done[-1][1].tolist())
+        return done, texts
+
+    def share(right, name, texts):
+        return np.mean([right(s, row["answer"]) for s, row in zip(texts, sets[name], strict=True)])
+
     if sets["test"]:
-        rows, tested = sets["test"], responses(model, sets["test"], "prompt_ids", *limits)
-        texts = [text for batch in tested for text in batch["texts"]]
-        lengths = [n for batch in tested for n in batch["mask"].sum(1).tolist()]
-        scores["exact"] = np.mean([is_exact(s, r["answer"]) for s, r in zip(texts, rows)])
-        scores["lenient"] = np.mean([contains(s, r["answer"]) for s, r in zip(texts, rows)])
-        scores["length"] = np.mean(lengths)
-        kl = 0.0 if base is None else sum(kl_sum(model, base, batch) for batch in tested)
-        scores["kl_to_base"] = kl / sum(lengths)
-
-    def lenient(rows, key):
-        texts = [text for batch in responses(model, rows, key, *limits) for text in batch["texts"]]
-        return np.mean([contains(s, r["answer"]) for s, r in zip(texts, rows)])
-
+        done, texts = responses("test")
+        scores["exact"] = share(is_exact, "test", texts)
+        scores["lenient"] = share(contains, "test", texts)
+        n_tokens = sum(mask.sum().item() for _, _, mask in done)
+        scores["length"] = n_tokens / len(texts)
+        kl = 0.0 if base is None else sum(kl_sum(model, base, *batch) for batch in done)
+        scores["kl_to_base"] = kl / n_tokens
     for name in ["ood", *(name for name in sets if name.startswith("old "))]:
         if sets[name]:
-            scores[name] = lenient(sets[name], "prompt_ids")
-    answered = [row for row in sets["train"] if row["answer"]]
-    if (start or base is None) and answered:
-        scores["as_teacher"] = lenient(answered, "teacher_ids")
-    texts = [([enc.eot_token], row["text_ids"]) for row in sets["prior"] if "text_ids" in row]
-    if texts:
-        scores["prior_ppl"] = perplexity(model, texts, enc.eot_token, batch_size)
-    questions = [(r["prompt_ids"], r["answer_ids"]) for r in sets["prior"] if "answer_ids" in r]
-    if questions:
-        scores["prior_acc"] = np.mean(likeliest(model, questions, enc.eot_token, batch_size))
+            scores[name] = share(contains, name, responses(name)[1])
+    if sets["texts"]:
+        texts = [([eos_id], row["text_ids"]) for row in sets["texts"]]
+        scores["prior_ppl"] = perplexity(model, texts, eos_id, batch_size)
+    if sets["questions"]:
+        pairs = [(r["prompt_ids"], ids) for r in sets["questions"] for ids in r["answer_ids"]]
+        right = np.reshape(likeliest(model, pairs, eos_id, batch_size), (-1, 2))  # of both ways
+        scores["prior_acc"] = right.any(1).mean()
     return {name: float(score) for name, score in scores.items()}
 
 
-def responses(model, rows, key, enc, max_new_tokens, batch_size):
-    """A list of batches: prompts, completions (B, C), mask (B, C), texts."""
-    out = []
-    for start in range(0, len(rows), batch_size):
-        prompts = [row[key] for row in rows[start : start + batch_size]]
-        completions, mask = rollout(model, prompts, max_new_tokens, enc.eot_token, temperature=0)
-        texts = [decode(enc, tokens) for tokens in completions.tolist()]
-        out.append(dict(prompts=prompts, completions=completions, mask=mask, texts=texts))
-    return out
-
-
-def kl_sum(model, base, batch):
-    """Σ KL(model ‖ base), in nats, over the tokens of a batch of `responses`."""
-    logits = completion_logits(model, batch["prompts"], batch["completions"])  # (B, C, V)
-    base_logits = completion_logits(base, batch["prompts"], batch["completions"])  # (B, C, V)
-    return (token_divergence(logits, base_logits, "reverse") * batch["mask"]).sum().item()
+def kl_sum(model, base, prompts, completions, mask):
+    """Σ KL(model ‖ base), in nats, over the tokens of the responses."""
+    logits, base_logits = (completion_logits(m, prompts, completions) for m in (model, base))
+    return (token_divergence(logits, base_logits, "reverse") * mask).sum().item()
 
 
 def perplexity(model, texts, eos_id, batch_size):
@@ -107,23 +103,17 @@ def likeliest(model, questions, eos_id, batch_size):
     return right
 
 
-# --- What data/watch.py looks at ------------------------------------------------------------------
-
-
 def rows_to_watch(sets, longest):
     """The first training rows and prior questions of at most `longest` tokens for `watch.look`."""
     rows = [row | {"kind": "new"} for row in sets["train"][:N_WATCHED]]
-    for row in sets["prior"]:
-        if "answer_ids" in row and len(row["prompt_ids"]) <= longest:
+    for row in sets["questions"]:
+        if len(row["prompt_ids"]) <= longest:
             same = {"teacher_prompt": row["prompt"], "teacher_ids": row["prompt_ids"]}
             rows.append(row | same | {"kind": "prior", "demonstration": ""})
     rows = [row | {"student_ids": row["prompt_ids"], "expected": row["answer"]} for row in rows]
     names = ("kind", "prompt", "teacher_prompt", "demonstration", "expected")
     names += ("student_ids", "teacher_ids")
     return [{name: row[name] for name in names} for row in rows[: N_WATCHED + watch.N_SAMPLES]]
-
-
-# --- Tables ---------------------------------------------------------------------------------------
 
 
 def line_of(scores):
@@ -150,9 +140,10 @@ def report(folders):
         try:
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             config, base, final = (results[name] for name in ("config", "base", "final"))
-        except (OSError, ValueError, LookupError, TypeError):
+            label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
+            table([(label, base), (label, final)])
+        except Exception:  # whatever the contents of another file raise
             raise ValueError(f"{folder} is not the --out_dir of a finished run") from None
-        label = f"{folder}: {config['method']}, {config['steps']} steps, lr {config['lr']:g}"
         if base not in [scores for _, scores in rows]:
             rows.append((f"base of {folder}", base))
         rows.append((label, final))

@@ -31,24 +31,15 @@ from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_los
 CHUNK = 64  # tokens whose logits exist at a time
 
 
-# --- Rollout --------------------------------------------------------------------------------------
-
-
 def row_generators(seed, step, places, device):
-    """A random stream for each of these places in the step's minibatch.
-
-    A response then depends on seed, step and place only, and neither on the micro-batch nor on the
-    process that samples it.
-    """
+    """A random stream for each place in a minibatch, whichever process or micro-batch has it."""
     keys = [np.random.SeedSequence([seed, 2, step, place]) for place in places]
     return [torch.Generator(device).manual_seed(int(k.generate_state(1)[0])) for k in keys]
 
 
 def inverse_cdf(probs, u):
-    """Inverse-CDF sampling: tokens (B,) from probs (B, V) with uniforms u (B,) in [0, 1).
-
-    torch.multinomial draws V random numbers per row and token instead.
-    """
+    """Inverse-CDF sampling: tokens (B,) from probs (B, V) with uniforms u (B,) in [0, 1)."""
+    # torch.multinomial draws V random numbers per row and token instead.
     dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
     cdf = probs.to(dtype).cumsum(-1)  # (B, V)
     tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]  # (B,)
@@ -160,14 +151,9 @@ class RolloutGPT(GPT):
         return cache
 
 
-# --- Memory ---------------------------------------------------------------------------------------
-
-
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensors. Other C libraries stay as they are.
-
-    Otherwise glibc gives large blocks back to the system, which maps and clears every page of them
-    again for the next update. `gpt2.bench --peers` shows what that costs TRL on a machine.
+    """Have glibc keep freed memory for the next tensors, whose pages the system would otherwise map
+    and clear again. Other C libraries stay as they are.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -202,9 +188,6 @@ class RecomputingBlock(Block):
         hidden = checkpoint(lambda x: self.mlp.c_fc(self.ln_2(x)), x, **options)  # (B, T, 4D)
         gelu = lambda hidden: F.gelu(hidden, approximate="tanh")
         return x + checkpoint(lambda hidden: self.mlp.c_proj(gelu(hidden)), hidden, **options)
-
-
-# --- Loss -----------------------------------------------------------------------------------------
 
 
 def completion_hidden(model, prompts, completions):
@@ -285,14 +268,8 @@ def distill_backward(
     return total, torch.cat(parts)
 
 
-# --- Steps ----------------------------------------------------------------------------------------
-
-
 def average_gradients(model):
-    """Replace the gradients by their mean over the processes, if there are several.
-
-    Each process has the mean over its equal share of the rows, so this is the whole minibatch's.
-    """
+    """Their mean over the processes, if there are several, each with an equal share of the rows."""
     if dist.is_available() and dist.is_initialized():
         for p in lora.trained(model).values():
             dist.all_reduce(p.grad)
@@ -356,4 +333,5 @@ def sft_step(student, optimizer, prompts, demonstrations, eos_id, grad_clip=1.0,
         total += loss.item()
     average_gradients(student)
     clip_and_step(student, optimizer, total, grad_clip)
-    return total, {"mask": pad_right(demonstrations, eos_id, device)[1]}
+    tokens, mask = pad_right(demonstrations, eos_id, device)
+    return total, {"completions": tokens, "mask": mask}

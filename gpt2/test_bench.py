@@ -1,34 +1,43 @@
-"""python -m gpt2.bench in miniature: that it measures every phase, not what it measures."""
+"""python -m gpt2.bench in miniature: that it measures what it names, not how long it takes."""
 
 import re
 
-from gpt2 import bench, checkpoint
+import pytest
+import torch
+
+from gpt2 import bench, checkpoint, fast
 from gpt2.conftest import small_gpt
 
 
-def test_bench_prints_every_phase(tmp_path, capsys, monkeypatch):
-    """Every phase runs once, and its time is not looked at."""
-    checkpoint.save_model(small_gpt(), tmp_path)
-    monkeypatch.setattr(bench, "median_seconds", lambda f: f() is None or 0.5)
-    flags = "--device cpu --batch_size 2 --max_new_tokens 8 --rollout_dtype bfloat16"
-    bench.main(["--init_from", str(tmp_path), *flags.split()])
-    printed = capsys.readouterr().out
-    phases = "rollout", "scoring, loss, backward", "packing, clipping, AdamW, EMA", "the update"
-    for part in ("rollout in torch.bfloat16", "tokens/s", *(f"| {phase} |" for phase in phases)):
-        assert part in printed, part
-
-
 def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
-    """Of our updates beside each other, as theirs take long; a ratio is of its own two cells."""
+    """TRL's trainer really runs, with our settings; a ratio is of its own two cells."""
+    sdft = pytest.importorskip("trl.experimental.sdft", reason="trl is not installed")
     checkpoint.save_model(small_gpt(), tmp_path)
-    monkeypatch.setattr(bench, "PACKAGES", {})
     monkeypatch.setattr(bench, "UPDATE", (2, 4, 4))
-    monkeypatch.setattr(bench, "COMPARED", [[*bench.OURS][1:]])
+    monkeypatch.setattr(bench, "COMPARED", [("TRL float32", [*bench.OURS][-1])])
     monkeypatch.setattr(bench, "in_a_process", lambda update, *arguments: update(*arguments))
     monkeypatch.setattr(bench, "rollout_seconds", lambda *_: [4.0, 0.5])
+    seen, train, step = [], sdft.SDFTTrainer.train, fast.train_step
+    monkeypatch.setattr(
+        sdft.SDFTTrainer, "train", lambda self: seen.append(self.args) or train(self)
+    )
+    counted = lambda *inputs, **options: seen.append(options) or step(*inputs, **options)
+    monkeypatch.setattr(fast, "train_step", counted)
     bench.main(["--peers", "--init_from", str(tmp_path)])
+    theirs, *ours = seen
+    assert theirs.max_steps == 4 and theirs.per_device_train_batch_size == 2 and not theirs.bf16
+    assert (theirs.distillation_mode, theirs.distillation_alpha) == ("full_logits", 1.0)
+    assert (theirs.teacher_model_kind, theirs.teacher_update_rate) == ("ema", 0.02)
+    assert theirs.num_generations == theirs.num_iterations == theirs.steps_per_generation == 1
+    assert len(ours) == 12 and [options["micro_batch"] for options in ours[-4:]] == [2] * 4
+    assert ours[4]["rollout_dtype"] == torch.bfloat16
     printed = capsys.readouterr().out
     assert "| rollout 8 × (64 + 64), bfloat16, tokens/s | 128 | 1,024 | 8.00 |" in printed
-    label = ", ".join(bench.COMPARED[0])
-    for row in (f"update 2 × (4 + 4), s: {label}", f"peak memory of it, MiB: {label}"):
-        assert re.search(rf"{re.escape(row)} \| [\d.,]+ \| [\d.,]+ \| [\d.]+ \|", printed)
+    label, cells = (
+        re.escape(", ".join(bench.COMPARED[0])),
+        r"\| ([\d.,]+) \| ([\d.,]+) \| ([\d.]+) \|",
+    )
+    for what in ("update 2 × (4 + 4), s", "peak memory of it, MiB"):
+        found = re.search(rf"\| {re.escape(what)}: {label} {cells}", printed)
+        a, b, ratio = (float(cell.replace(",", "")) for cell in found.groups())
+        assert ratio == pytest.approx(b / a, rel=0.2) and b > 0

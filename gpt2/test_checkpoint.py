@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     model = small_gpt()
     for name in checkpoint.WEIGHT_FILES:
         (tmp_path / name).write_bytes(b"stale")
-    save_model(model, tmp_path, eos_id=7)
-    assert {p.name for p in tmp_path.iterdir()} == {form, "config.json"}
+    save_model(model, tmp_path, types.SimpleNamespace(eos_id=7, folder=None))
+    assert {p.name for p in tmp_path.iterdir()} == {form, "config.json", "generation_config.json"}
     config = json.loads((tmp_path / "config.json").read_text())
     expected = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=320)
     expected |= dict(vocab_size=263, n_layer=2, n_head=2, n_embd=32, activation_function="gelu_new")
@@ -45,6 +46,11 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*; .* fetch its files again"):
         load_model(str(tmp_path))
+    model.config.n_head = 3
+    save_model(model, tmp_path)
+    with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*n_head .* does not divide"):
+        load_model(str(tmp_path))
+    model.config.n_head = 2
     model.ln_f.bias.data[0] = torch.nan
     save_model(model, tmp_path)
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*ln_f.bias .* not finite"):

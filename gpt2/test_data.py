@@ -7,9 +7,9 @@ import re
 import pytest
 
 from data.scoring import contains
-from gpt2 import data as data_file
-from gpt2.conftest import BYTES, EOS, ROOT, write_rows, write_vocabulary
-from gpt2.data import TEMPLATES, RowReader, batches, load_encoding, minibatch, pad_right
+from gpt2.conftest import BYTES, ROOT, write_rows, write_vocabulary
+from gpt2.data import TEMPLATES, RowReader, batches, minibatch, pad_right, read_template
+from gpt2.tokenizer import load_tokenizer
 from sdft import teacher_context
 
 ROW = {"prompt": "Where?\n", "demonstration": "In the hat.", "article": "A hat.", "answer": "hat"}
@@ -18,36 +18,6 @@ ROW = {"prompt": "Where?\n", "demonstration": "In the hat.", "article": "A hat."
 def read(path, kind="training", block_size=320, max_new_tokens=8, **settings):
     reader = RowReader(BYTES, block_size, max_new_tokens, **settings)
     return reader.read(path, getattr(reader, kind))
-
-
-def test_a_folders_vocabulary_encodes_like_gpt2(tmp_path):
-    """Against GPT-2's published word pattern; a file that changes is read again."""
-    oracle, enc = write_vocabulary(tmp_path), load_encoding(tmp_path)
-    texts = "the man in the hat", "  It's 3.14 or 22\n\n\tnaïve 日本語 🙂 !", "<|endoftext|>"
-    for text in texts:
-        assert enc.encode_ordinary(text) == oracle.encode_ordinary(text)
-        assert enc.decode(enc.encode_ordinary(text)) == text
-    assert enc.eot_token == EOS and len(enc.encode_ordinary(" the 2")) == 2
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": EOS - 1}))
-    with pytest.raises(ValueError, match="vocab.json .*endoftext.* as the last token"):
-        load_encoding(tmp_path)
-
-
-def test_special_tokens_in_data_are_text(tmp_path):
-    """Nobody's data ends a response; the end after a demonstration is learned once."""
-    row = {"prompt": "a<|endoftext|>b\n", "demonstration": "c<|endoftext|>"}
-    (out,) = read(write_rows(tmp_path / "d.jsonl", [row]))
-    assert out["demonstration_ids"].count(256) == 1 and out["demonstration_ids"][-1] == 256
-    assert 256 not in out["prompt_ids"] + out["teacher_ids"]
-    assert BYTES.decode(out["demonstration_ids"][:-1]) == row["demonstration"]
-
-
-def test_decoding_stops_at_the_end_token():
-    """And an id beyond the encoding, as in padded vocabularies, becomes U+FFFD."""
-    assert data_file.decode(BYTES, [72, 105, 300, 256, 72]) == "Hi\ufffd"
-    assert data_file.to_bytes(BYTES, [72, 256]) == b"H"
-    assert data_file.to_bytes(BYTES, [256]) == b"<|endoftext|>"
 
 
 READS = {  # flag: the teacher's prompt, and the field that a row needs for it
@@ -63,7 +33,8 @@ def test_the_teacher_reads_what_its_flag_names(reads, tmp_path):
     path, template, (expected, needed) = tmp_path / "d.jsonl", TEMPLATES[reads], READS[reads]
     (row,) = read(write_rows(path, [ROW]), template=template)
     assert BYTES.decode(row["teacher_ids"]) == row["teacher_prompt"] == expected
-    assert BYTES.decode(row["prompt_ids"]) == "Where?\n"  # the student reads no more
+    assert row["prompt_ids"] == [*b"Where?\n"]  # the student reads no more
+    assert row["demonstration_ids"] == [*b"In the hat.", 256]  # and learns to end
     without = {name: ROW | {name: None} for name in ("article", "demonstration")}
     write_rows(path, [ROW, without.pop(needed)])
     with pytest.raises(ValueError, match=f"d.jsonl:2: {needed} is missing"):
@@ -75,14 +46,11 @@ def test_the_teacher_reads_what_its_flag_names(reads, tmp_path):
 
 def test_a_template_file_is_taken_as_it_stands(tmp_path):
     """Braces in it or in the data are text; a placeholder may come twice."""
-    row = ROW | {"demonstration": "{prompt} {x}"}
-    path, file = write_rows(tmp_path / "d.jsonl", [row]), tmp_path / "t.txt"
-    file.write_text("{article}|{prompt}|{demonstration}|{prompt}{ }{}")
-    (row,) = read(path, template=data_file.read_template(file))
+    path = write_rows(tmp_path / "d.jsonl", [ROW | {"demonstration": "{prompt} {x}"}])
+    (tmp_path / "t.txt").write_text("{article}|{prompt}|{demonstration}|{prompt}{ }{}")
+    (row,) = read(path, template=read_template(tmp_path / "t.txt"))
     assert row["teacher_prompt"] == "A hat.|Where?\n|{prompt} {x}|Where?\n{ }{}"
 
-
-# --- Rows -----------------------------------------------------------------------------------------
 
 LINE = json.dumps(ROW).encode()
 TEMPLATE_LINES = [b"{prompt} {article} {demo}", b"{demonstration}", b"{prompt} {prompt}"]
@@ -90,7 +58,9 @@ BAD_LINES = [  # and a word of the message
     *((value, "not JSON") for value in (LINE[:40], b"{}{}", b"{'prompt': 1}", b"[" * 100_000)),
     *((value, "in place of an object") for value in (b"7", b"null", b"[{}]")),
     (LINE[:13] + b"\xff" + LINE[13:], "UTF-8"),
+    *((json.dumps(ROW | {f: "D"}).encode(), "same field") for f in ("completion", "context")),
     (json.dumps(ROW | {"privileged_context": "D"}).encode(), "same field"),
+    (json.dumps({"messages": [{"role": "user"}]}).encode(), "messages are not read; write prompt"),
     *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is missing, empty or no text") for f in ROW),
     (json.dumps(ROW | {"answer": 7}).encode(), "answer is missing, empty or no text"),
     (json.dumps(ROW | {"prompt": " " * 10**6 + "x"}).encode(), "n_positions"),  # tiktoken panics
@@ -100,24 +70,30 @@ BAD_LINES = [  # and a word of the message
 def test_every_bad_line_is_named_by_number(tmp_path):
     """File, line and what is wrong. A mistyped placeholder would be read as text."""
     write_vocabulary(tmp_path)
-    path, reader = tmp_path / "bad.jsonl", RowReader(load_encoding(tmp_path), 320, 8)
+    path, reader = tmp_path / "bad.jsonl", RowReader(load_tokenizer(tmp_path, 263), 320, 8)
     for bad, word in BAD_LINES:
         path.write_bytes(LINE + b"\n" + bad + b"\n" + LINE)
         with pytest.raises(ValueError) as error:
             reader.read(path, reader.training)
         message = str(error.value)
         assert f"{path}:2: " in message and word in message, (bad[:80], message)
+    for more in ({"prompt": "P"}, {"answer": "A"}):
+        write_rows(path, [{"text": "T"}, {"text": "T"} | more])
+        with pytest.raises(ValueError, match="bad.jsonl:2: text beside prompt or answer"):
+            reader.read(path, reader.prior)
+    full = write_rows(path, [{"text": " the" * 320}])  # What fits is not cut off.
+    assert len(reader.read(full, reader.prior)[0]["text_ids"]) == 320
     for bad in TEMPLATE_LINES:
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="bad.jsonl: a template needs {prompt}, and "):
-            data_file.read_template(path)
+            read_template(path)
 
 
 def test_what_is_odd_is_noted(tmp_path):
     """Names of TRL and of old, a byte order mark, nulls; a mistyped answer; "Q:" beside "A"."""
     row = {"prompt": "Q:", "privileged_context": "D", "context": "A", "anwser": "D"}
     row |= {"answer": None, "demonstration": None}
-    others = [{"prompt": "Q:", "demonstration": " A"}, {"prompt": "Q:\n", "demonstration": "A"}]
+    others = [{"prompt": "Q:", "completion": " A"}, {"prompt": "Q:\n", "demonstration": "A"}]
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, [row, *others])).encode())
     reader = RowReader(BYTES, 320, 8)
@@ -134,7 +110,7 @@ NEEDS = [  # kind of row, row, settings of the reader, tokens of one byte each
     ("training", ROW | {"demonstration": LONG}, SFT, "Where?\n" + LONG + "$"),  # the end token
     ("task", ROW, {}, "Where?\n" + "8" * 8),
     ("prior", {"text": "some text"}, {}, "some text"),
-    ("prior", ROW, {}, "Where?\nhat"),
+    ("prior", {"prompt": "Where?\n", "answer": "hat"}, {}, "Where?\n hat"),
 ]
 
 

@@ -11,7 +11,7 @@ from gpt2 import evaluate
 from gpt2.conftest import BYTES, error_of
 from model import GPTConfig
 
-EOS = BYTES.eot_token
+EOS = BYTES.eos_id
 
 
 class Table(nn.Module):
@@ -48,13 +48,15 @@ def chain(*texts):
     return out
 
 
-def row(prompt, answer, teacher=None):
-    ids = dict(prompt_ids=list(prompt.encode()), teacher_ids=list((teacher or prompt).encode()))
-    return dict(prompt=prompt, answer=answer) | ids
+def row(prompt, answer, **more):
+    texts = dict(
+        prompt=prompt, answer=answer, answer_ids=[[*answer.encode()], [*b" ", *answer.encode()]]
+    )
+    return texts | dict(prompt_ids=list(prompt.encode()), teacher_ids=list(prompt.encode())) | more
 
 
 def scores(model, base=None, max_new_tokens=8, batch_size=2, **sets):
-    sets = dict(train=[], test=[], ood=[], prior=[]) | sets
+    sets = dict(train=[], test=[], ood=[], texts=[], questions=[]) | sets
     return evaluate.evaluate(model, sets, BYTES, max_new_tokens, batch_size, base)
 
 
@@ -70,14 +72,6 @@ def test_matches_lengths_and_their_sets():
     assert out["ood"] == pytest.approx(2 / 4) and out["kl_to_base"] == 0
     old = {"old a.jsonl": ood, "old b.jsonl": ood[:1], "old c.jsonl": []}
     assert scores(model, **old) == {"old a.jsonl": 0.5, "old b.jsonl": 1.0}
-
-
-def test_the_base_is_also_asked_as_teacher():
-    """Training rows with an answer, with the teacher's prompt: here right only with it."""
-    model = Table(chain("1no", "2yes"))
-    train = [row("1", "yes", teacher="1 2"), row("1", "yes", teacher="1"), row("1", None)]
-    assert scores(model, train=train)["as_teacher"] == 0.5
-    assert "as_teacher" not in scores(model, base=model, train=train)
 
 
 def test_kl_to_base_is_per_token():
@@ -98,20 +92,33 @@ def test_kl_to_base_is_per_token():
 def test_perplexity_is_exp_of_nats_per_token():
     """Texts of 1, 3 and 4 tokens after the end token: a mean over tokens, not over texts."""
     model = Table([(EOS, ord("a")), (ord("a"), ord("b")), (ord("b"), ord("z"))])
-    prior = [{"text_ids": list(text)} for text in (b"a", b"abc", b"qrst")]
+    texts = [{"text_ids": list(text)} for text in (b"a", b"abc", b"qrst")]
     probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
     nats = -sum(map(math.log, probs)) / 8
-    assert scores(model, prior=prior)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
+    assert scores(model, texts=texts)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
+    with torch.no_grad():
+        model.log_probs[EOS, ord("a")] = -1e6
+    assert scores(model, texts=texts[:1])["prior_ppl"] == pytest.approx(
+        math.exp(700)
+    )  # no overflow
+
+
+def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "PATIENCE", -1)
+    scores(Table([]), test=[row("1", "a")] * 5)
+    expected = [f"evaluating test: {n} of 5 rows" for n in (0, 2, 4)]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_every_token_of_an_answer_must_be_likeliest():
-    """One right token is not enough, and padding does not count against a short answer."""
-    model = Table(chain("1abc"))
-    answers = {"abc": 1, "ab": 1, "axc": 0, "xbc": 0, "abx": 0}
-    questions = [dict(prompt_ids=[ord("1")], answer_ids=list(a.encode())) for a in answers]
+    """One right token is not enough, padding does not count, and of both ways one is enough."""
+    model = Table(chain("1abc", "2 xy"))
+    answers = {("1", "abc"): 1, ("1", "ab"): 1, ("1", "axc"): 0, ("1", "xbc"): 0, ("1", "abx"): 0}
+    answers |= {("2", "xy"): 1, ("2", "y"): 0}  # after a space
+    questions = [row(*way) for way in answers]
     for question, right in zip(questions, answers.values()):
-        assert scores(model, prior=[question])["prior_acc"] == right
-    assert scores(model, prior=questions, batch_size=5)["prior_acc"] == pytest.approx(2 / 5)
+        assert scores(model, questions=[question])["prior_acc"] == right
+    assert scores(model, questions=questions, batch_size=5)["prior_acc"] == pytest.approx(3 / 7)
 
 
 def test_report_shows_runs_beside_their_base(tmp_path):
@@ -130,15 +137,22 @@ def test_report_shows_runs_beside_their_base(tmp_path):
         f"| base of {tmp_path}/c | - | - | - | - | - | - | - | 0.90 |",
         f"| {tmp_path}/c: {label}",
     ]
-    none = tmp_path / "none"
-    assert f"{none} is not the --out_dir of a finished run" in error_of("--report", none)
+    for odd in (
+        "[" * 10**5,
+        "[]",
+        json.dumps(results | {"final": {"exact": None}}),
+        json.dumps({}),
+    ):
+        (tmp_path / "c" / "results.json").write_text(odd)
+        words = f"{tmp_path}/c is not the --out_dir of a finished run"
+        assert words in error_of("--report", tmp_path / "a", tmp_path / "c")
 
 
 def test_what_is_watched():
     """The first 24 training rows, then prior questions with room for a response; 27 in all."""
-    new = [row(f"p{i}", "a") | {"teacher_prompt": "t", "demonstration": "d"} for i in range(30)]
-    prior = [row("x" * n, "b") | {"answer_ids": [1]} for n in (3, 4, 5, 4, 4, 4)]
-    rows = evaluate.rows_to_watch({"train": new, "prior": [{"text_ids": [1]}, *prior]}, longest=4)
+    new = [row(f"p{i}", "a", teacher_prompt="t", demonstration="d") for i in range(30)]
+    prior = [row("x" * n, "b") for n in (3, 4, 5, 4, 4, 4)]
+    rows = evaluate.rows_to_watch({"train": new, "questions": prior}, longest=4)
     assert [r["prompt"] for r in rows] == [*(f"p{i}" for i in range(24)), "xxx", "xxxx", "xxxx"]
     texts = dict(kind="prior", prompt="xxx", teacher_prompt="xxx", demonstration="", expected="b")
     assert rows[24] == texts | dict(student_ids=[*b"xxx"], teacher_ids=[*b"xxx"])

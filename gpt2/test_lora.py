@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2 import checkpoint, fast, lora, train
-from gpt2.conftest import Killed, flags, resume, same, small_gpt, weights
+from gpt2.conftest import flags, same, small_gpt
 
 TOKENS = torch.tensor([[3, 5, 7, 11, 13], [17, 19, 23, 29, 31]])
 CONTEXTS = [[3, 5], [7]], [[2, 3, 5], [2, 7]], 6, 262  # of both roles, most tokens, end token
@@ -77,41 +77,11 @@ def test_only_adapters_change():
     assert changed == {k for k in after if k.endswith(("lora_A", "lora_B"))}
 
 
-def run(base, data, out):
-    train.main(flags(base, data, out, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split()))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, base, data):
-    """An uninterrupted run of four steps with an EMA teacher."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(base, data, out)
-    return out
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(base, data, tmp_path, whole, monkeypatch):
-    """Weights and samples, bit for bit, after a kill in the middle of step 3."""
-
-    def killed(run, *rest):
-        if run.step == 2:
-            raise Killed
-        return update(run, *rest)
-
-    update, out = train.update, tmp_path / "out"
-    monkeypatch.setattr(train, "update", killed)
-    with pytest.raises(Killed):
-        run(base, data, out)
-    monkeypatch.undo()
-    resume(out)
-    same(weights(out), weights(whole))
-    adapters = [torch.load(folder / "adapter/adapter_model.bin") for folder in (out, whole)]
-    same(*adapters)
-    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-
-
-def test_transformers_and_peft_open_the_folders(base, whole):
+def test_transformers_and_peft_open_the_folders(base, data, tmp_path):
     """Independent implementations compute our logits, of the merged model and of the adapters."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    whole = tmp_path / "out"
+    train.main(flags(base, data, whole, *"--lora_rank 3 --lora_alpha 8 --lr 1e-2".split()))
     ours = checkpoint.load_model(str(whole))(TOKENS)
     merged = transformers.GPT2LMHeadModel.from_pretrained(whole).eval()
     same(merged(TOKENS).logits, ours, atol=1e-4)

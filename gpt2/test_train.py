@@ -1,34 +1,24 @@
 """What python -m gpt2.train guarantees, in runs of miniature size. CPU only, offline."""
 
+import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from data import files, watch
-from gpt2 import checkpoint, evaluate, fast, train
+from gpt2 import bench, checkpoint, evaluate, fast, train
 from gpt2.checkpoint import load_model, load_run, run_checkpoints
-from gpt2.conftest import (
-    EOS,
-    ROOT,
-    Killed,
-    error_of,
-    flags,
-    lines,
-    metrics,
-    read,
-    resume,
-    same,
-    small_gpt,
-    weights,
-    write_rows,
-)
-from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch
+from gpt2.conftest import EOS, ROOT, Killed, error_of, flags, lines, metrics, read, resume, same
+from gpt2.conftest import small_gpt, weights, write_rows, write_vocabulary
+from gpt2.data import TEMPLATES, RowReader, minibatch
+from gpt2.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +36,6 @@ def assert_same_run(out, whole):
     for name in ("base", "final"):
         assert read(out / "results.json")[name] == read(whole / "results.json")[name]
 
-
-# --- Every flag reaches what it names -------------------------------------------------------------
 
 # None at its default.
 CHANGED = dict(ema_alpha=0.3, skip_tokens=1, temperature=0.8, max_new_tokens=7, steps=5)
@@ -79,11 +67,11 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
     monkeypatch.undo()
 
     text = template.read_text() if method == "sdft" else TEMPLATES["article"]
-    reader = RowReader(load_encoding(base), 320, 7, text, skip_long=True)
-    sets = {"train": reader.read(data / "train.jsonl", reader.training)}
-    sets |= {"test": reader.read(test, reader.task)}
+    reader = RowReader(load_tokenizer(base, 263), 320, 7, text, skip_long=True)
+    texts, questions = ([row] for row in reader.read(data / "prior.jsonl", reader.prior))
+    sets = {"train": reader.read(data / "train.jsonl", reader.training), "texts": texts}
+    sets |= {"test": reader.read(test, reader.task), "questions": questions}
     sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
-    sets |= {"prior": reader.read(data / "prior.jsonl", reader.prior)}
     sets |= {f"old {data / 'ood.jsonl'}": sets["ood"]}
     steps = called["train_step" if method == "sdft" else "sft_step"]
     assert len(steps) == 5
@@ -123,6 +111,8 @@ def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypa
     for row, (inputs, _, scores) in zip(looks, called["evaluate"], strict=True):
         assert inputs[1] == sets and inputs[3:5] == (7, 2) and row["eval"] == scores
         assert (row["new"], row["prior"]) == (scores["lenient"], scores["prior_acc"])
+    for n, row in enumerate(looks, 1):
+        assert row["warnings"] == watch.warnings(looks[:n])
     assert read(out / "results.json")["final"] == scores
 
     inputs, options, (_, samples) = called["look"][-1]
@@ -154,15 +144,15 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
     second, old = tmp_path / "second", data / "ood.jsonl"
     more = ["--base", base, "--lr", 0, "--old", old, "--test", old, "--method", "sft"]
     train.main(flags(whole, data, second, *more, steps=1))
-    reader = RowReader(load_encoding(base), 320, 6)
-    sets = {"train": [], "test": reader.read(old, reader.task), "ood": [], "prior": []}
+    reader = RowReader(load_tokenizer(base, 263), 320, 6)
+    sets = dict(train=[], test=reader.read(old, reader.task), ood=[], texts=[], questions=[])
     models = load_model(whole), load_model(base)
-    kl = evaluate.evaluate(models[0], sets, reader.enc, 6, 4, models[1])["kl_to_base"]
+    kl = evaluate.evaluate(models[0], sets, reader.tokenizer, 6, 4, models[1])["kl_to_base"]
     results = read(second / "results.json")
     for when in ("base", "final"):
         assert results[when]["kl_to_base"] == pytest.approx(kl, rel=1e-3) and kl > 0.001
         assert results[when][f"old {old}"] == results[when]["lenient"]
-    assert "as_teacher" in results["base"] and load_run(second)["teacher"] == {}
+    assert load_run(second)["teacher"] == {}
     words = shlex.split(results["command"])
     assert words[:3] == ["python", "-m", "gpt2.train"]
     assert vars(train.parse_args(words[3:])) == results["config"]
@@ -194,10 +184,13 @@ def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch):
     assert (out / "best" / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
 
 
-@pytest.mark.parametrize("step", [0, 4, 6])
-def test_a_killed_run_resumes_bit_for_bit(step, tmp_path, base, data, whole, monkeypatch):
+@pytest.mark.parametrize("step, more", [(0, ""), (4, ""), (6, ""), (4, "--lora_rank 3 --lr 1e-2")])
+def test_a_killed_run_resumes_bit_for_bit(step, more, tmp_path, base, data, whole, monkeypatch):
     """In the base's evaluation, after a checkpoint, at the end; a log is ahead, a line cut off."""
     out, append = tmp_path / "out", files.append
+    if more:
+        whole = tmp_path / "whole"
+        train.main(flags(base, data, whole, *more.split(), steps=6))
 
     def killed(path, rows):
         append(path, rows)
@@ -208,7 +201,7 @@ def test_a_killed_run_resumes_bit_for_bit(step, tmp_path, base, data, whole, mon
 
     monkeypatch.setattr(files, "append", killed)
     with pytest.raises(Killed):  # without a checkpoint, --resume starts
-        train.main(flags(base, data, out, "--resume", steps=6))
+        train.main(flags(base, data, out, "--resume", *more.split(), steps=6))
     monkeypatch.undo()
     for _ in range(2):  # the settings come from the checkpoint; a finished run repeats no line
         resume(out)
@@ -268,10 +261,24 @@ def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole):
             assert f"another run is writing to {folder}" in error_of(*argv)
     assert not out.exists()  # it was empty
     assert "already holds a run" in error_of(*flags(base, data, whole))
-    (tmp_path / "vocab.json").write_text("precious")
-    for more in ([], ["--resume"]):
-        assert "already holds vocab.json" in error_of(*flags(base, data, tmp_path, *more))
-    assert (tmp_path / "vocab.json").read_text() == "precious" and len([*tmp_path.iterdir()]) == 1
+    names = "metrics.jsonl samples.jsonl config.json generation_config.json vocab.json best adapter"
+    for name in [*names.split(), "tokenizer.json", "chat_template.jinja", "pytorch_model.bin"]:
+        (tmp_path / name).write_text("precious")
+        for more in ([], ["--resume"]):
+            assert f"already holds {name}" in error_of(*flags(base, data, tmp_path, *more))
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("fcntl", [None, types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4)])
+def test_a_folder_that_cannot_be_locked_is_used(fcntl, tmp_path, monkeypatch, capsys):
+    """As on Windows, and on some network drives."""
+    if fcntl:
+        fcntl.flock = lambda *_: os.stat("no locks")  # an OSError
+    monkeypatch.setattr(checkpoint, "fcntl", fcntl)
+    with checkpoint.locked(tmp_path / "out"):
+        assert "out cannot be locked here; do not start a second run" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_keeps_the_settings(tmp_path, whole):
@@ -284,6 +291,8 @@ def test_resume_keeps_the_settings(tmp_path, whole):
 FAILURES = [
     (RuntimeError("not enough memory: you tried to allocate memory"), "lower --micro_batch"),
     (FloatingPointError("the loss is nan"), "the loss is nan; if --resume ends here again, delete"),
+    (BrokenPipeError(32, "Broken pipe"), "nobody reads the output any more; if a run was stopped"),
+    (OSError(28, "No space left on device"), "out (No space left on device); check the path and"),
 ]
 
 
@@ -295,6 +304,7 @@ def test_a_failure_ends_in_one_sentence(failure, words, tmp_path, base, data, mo
         raise failure
 
     monkeypatch.setattr(train, "update", fails)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # is replaced if nobody reads it
     assert words in error_of(*flags(base, data, tmp_path / "out"))
 
 
@@ -303,13 +313,70 @@ WRONG += [("--teacher", "other"), ("--step", "1"), ("--out_dir", ""), ("--steps"
 WRONG += [("--batch_size", "999999"), ("--temperature", "0.009"), ("--skip_tokens", "64")]
 
 
-def test_every_wrong_value_is_named(capsys):
+@pytest.mark.parametrize("flag, value", WRONG)
+def test_every_wrong_value_is_named(flag, value, capsys):
     """By its flag, before anything is read."""
-    for flag, value in WRONG:
-        with pytest.raises(SystemExit) as stopped:
-            train.main(["--out_dir", "unused", flag, value])
-        last = capsys.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and "error: " in last and flag in last, (flag, value, last)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--out_dir", "unused", flag, value])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and flag in last
+
+
+@pytest.mark.parametrize("program", [train, bench])
+def test_help_prints_on_a_console_of_windows(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    assert len(capsys.readouterr().out.encode("cp1252").splitlines()) > 10
+
+
+def test_what_is_evaluated(tmp_path, base, data, capsys):
+    """The rows of --data with an answer, and at most --eval_rows of each set and kind."""
+    prior = [*lines(data / "prior.jsonl")] * 4
+    argv = flags(base, data, tmp_path, "--eval", write_rows(tmp_path / "prior.jsonl", prior))
+    expected = dict(test=5, ood=1, texts=4, questions=4, train=6)
+    for n in (200, 3):
+        args = train.parse_args([*argv, "--eval_rows", str(n)])
+        sets = train.read_sets(args, load_tokenizer(base, 263), 320)
+        most = {name: min(size, n) for name, size in expected.items()} | {"train": 6}
+        assert {name: len(rows) for name, rows in sets.items()} == most
+    printed = [line for line in capsys.readouterr().out.splitlines() if "--eval_rows" in line]
+    assert printed[0] == "note: the first 3 of 5 rows of test are evaluated (--eval_rows)"
+    assert len(printed) == 3 and [row["answer"] for row in sets["test"]] == ["0", "1", "2"]
+
+
+def test_a_log_may_hold_anything(tmp_path, base, data, whole):
+    """What is no finite number is not read, and the run goes on as it would have."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    odd = '{"step": 6, "eval": null, "prior": 1e999, "new": null, "teacher_accuracy": [], '
+    odd += f'"never_ended": "x", "rollouts_correct": {"9" * 400}, "student_entropy": {{}}}}\n'
+    log = out / "metrics.jsonl"
+    log.write_text("".join(odd.replace("6", n) for n in "04") + log.read_text())
+    resume(out)
+    assert read(out / "results.json")["final"] == read(whole / "results.json")["final"]
+
+
+def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
+    """In memory and in the folders that are written: a padded vocabulary, end token 0."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    base, out = tmp_path / "base", tmp_path / "out"
+    checkpoint.save_model(small_gpt(vocab_size=320, noise=0.2), base)
+    own = transformers.GPT2TokenizerFast.from_pretrained(write_vocabulary(base))
+    own = own.train_new_from_iterator([(data / "train.jsonl").read_text()], 263)
+    own.chat_template = "{{ messages }}"
+    own.save_pretrained(base)
+    settings = {"eos_token_id": 319, "temperature": 0.5}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    train.main(flags(base, data, out, "--keep", "best", "--eval_every", 1, steps=2))
+    settings |= dict(eos_token_id=0, bos_token_id=0)
+    for folder in (out, out / "best"):
+        assert read(folder / "config.json")["eos_token_id"] == 0
+        assert read(folder / "generation_config.json") == settings
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (folder / name).read_bytes() == (base / name).read_bytes()
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    sets = train.read_sets(train.parse_args(flags(base, data, out)), load_tokenizer(base, 320), 320)
+    row = sets["train"][1]
+    assert row["demonstration_ids"] == [*theirs.encode(row["demonstration"]), 0]
 
 
 def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
@@ -323,7 +390,7 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     wrong += [
         ("--data", os.devnull, "no rows"),
         ("--init_from", "nowhere", "cannot load nowhere"),
-        ("--init_from", small, "vocabulary of 200"),
+        ("--init_from", small, "263 tokens, the model 200"),
         ("--base", tmp_path / "odd", "--base must have"),
         ("--device", "abacus", "--device abacus"),
         ("--out_dir", ROOT / "LICENSE" / "x", "LICENSE"),

@@ -24,14 +24,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.distributed as dist
 
 from data import files, watch
 from data.scoring import contains
 from gpt2 import checkpoint, evaluate, fast, lora
-from gpt2.data import TEMPLATES, RowReader, load_encoding, minibatch, read_template, to_bytes
+from gpt2.data import TEMPLATES, RowReader, minibatch, read_template
+from gpt2.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 
 
@@ -58,9 +58,8 @@ def parse_args(argv=None):
     """The settings of a run."""
     positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
     scale, dtypes = number(float, 1e-6, 1e6), ("auto", "float32", "bfloat16")
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    layout = {"description": __doc__, "formatter_class": HelpFormatter}
+    p = argparse.ArgumentParser(**layout, allow_abbrev=False)
     # What is read and written.
     p.add_argument("--init_from", default="gpt2", help="gpt2 to gpt2-xl, or a folder of a GPT-2")
     p.add_argument("--base", help="the model that the KL is measured to; without it --init_from")
@@ -69,13 +68,12 @@ def parse_args(argv=None):
     p.add_argument("--ood", help="JSONL of prompt and answer that asks for the same in other words")
     p.add_argument("--eval", help="JSONL of prior abilities: text, or prompt and answer")
     p.add_argument("--old", nargs="+", metavar="FILE", help="JSONL like --test, of earlier tasks")
+    p.add_argument("--eval_rows", type=positive, default=200, help="most rows of a set to score")
     p.add_argument("--skip_long", action="store_true", help="drop and count rows that do not fit")
     p.add_argument("--out_dir", help="folder for everything that is written")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     p.add_argument("--report", nargs="+", metavar="RUN", help="print a table of finished runs")
-    p.add_argument(
-        "--keep", choices=("last", "best"), default="last", help="also what scored best, in best/"
-    )
+    p.add_argument("--keep", choices=("last", "best"), default="last", help="best: also in best/")
     # The method.
     p.add_argument("--method", choices=("sdft", "sft"), default="sdft", help="or SFT to compare")
     divergences, teachers = ("reverse", "forward", "jsd"), ("ema", "frozen", "live")
@@ -83,12 +81,8 @@ def parse_args(argv=None):
     p.add_argument("--teacher", choices=teachers, default="ema", help="EMA, start or the student")
     p.add_argument("--ema_alpha", type=share, default=0.02, help="the student's share in the EMA")
     reads = p.add_mutually_exclusive_group()
-    reads.add_argument(
-        "--teacher_reads", choices=tuple(TEMPLATES), default="both", help="beside the prompt"
-    )
-    reads.add_argument(
-        "--teacher_template", metavar="FILE", help="text of {prompt}, {demonstration}, {article}"
-    )
+    reads.add_argument("--teacher_reads", choices=TEMPLATES, default="both", help="its prompt")
+    reads.add_argument("--teacher_template", metavar="FILE", help="or a text with {prompt} etc.")
     p.add_argument("--skip_tokens", type=natural, default=0, help="first tokens without loss")
     p.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="of sampling")
     p.add_argument("--max_new_tokens", type=positive, default=64, help="a response's most tokens")
@@ -120,9 +114,6 @@ def parse_args(argv=None):
     return args
 
 
-# --- Device, dtypes, optimizer --------------------------------------------------------------------
-
-
 def pick_device(name):
     """The named device or the best available; of several GPUs, that of this process."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -138,10 +129,8 @@ def pick_device(name):
 
 
 def compute_dtype(name, device):
-    half = name == "bfloat16"
-    if name == "auto":
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if half else torch.float32
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and on_gpu) else torch.float32
 
 
 def rollout_dtype(args, device):
@@ -174,32 +163,28 @@ class Run:
     """What the loop reads and changes."""
 
     args: argparse.Namespace
+    argv: list  # its command line, which a checkpoint keeps
     device: torch.device
-    enc: tiktoken.Encoding
-    sets: dict  # "train", "test", "ood", "prior", "old FILE" ...: rows of gpt2/data.py
+    tokenizer: Tokenizer
+    sets: dict  # of `read_sets`
     start: GPT | None  # of --init_from, if training needs it at every step
     student: GPT
     teacher: GPT | None  # None for SFT
     optimizer: torch.optim.Optimizer
-    argv: list = field(default_factory=list)  # its command line, which a checkpoint keeps
     step: int = 0
     base_scores: dict | None = None  # None until they are measured
     looks: list = field(default_factory=list)  # rows of metrics.jsonl, of the evaluations so far
 
 
-def prepare(args, saved, device):
+def prepare(args, argv, saved, device):
     """Read and check all that a run needs, from the start or from the checkpoint `saved`."""
     student = fast.save_memory(checkpoint.load_model(args.init_from).to(device))
-    enc, c = load_encoding(checkpoint.source_folder(args.init_from)), student.config
-    if enc.n_vocab > c.vocab_size:
-        raise ValueError(
-            f"--init_from {args.init_from} has a vocabulary of {c.vocab_size} tokens, the encoding "
-            f"{enc.n_vocab}; put the model's vocab.json and merges.txt into its folder"
-        )
-    base = checkpoint.load_model(args.base).config if args.base else c
-    if (base.vocab_size, base.block_size) != (c.vocab_size, c.block_size):
+    sizes = lambda model: (model.config.vocab_size, model.config.block_size)
+    if args.base and sizes(checkpoint.load_model(args.base)) != sizes(student):
         raise ValueError("--base must have the vocab_size and n_positions of --init_from")
-    sets = read_sets(args, enc, c.block_size)
+    vocab_size, block_size = sizes(student)
+    tokenizer = load_tokenizer(args.init_from, vocab_size)
+    sets = read_sets(args, tokenizer, block_size)
     if args.keep == "best" and not sets["test"]:
         raise ValueError("--keep best needs a score: name --test, or add answers to --data")
 
@@ -212,61 +197,45 @@ def prepare(args, saved, device):
         start = teacher = start or lora.share(student).requires_grad_(False)
     elif args.method == "sdft":
         teacher = lora.share(student).requires_grad_(False)
-    optimizer = make_optimizer(student, args)
-    run = Run(args, device, enc, sets, start, student, teacher, optimizer)
+    models = start, student, teacher, make_optimizer(student, args)
+    run = Run(args, argv, device, tokenizer, sets, *models)
     if saved:
-        restore(run, saved)
+        try:
+            run.step, run.base_scores = saved["step"], saved["base_scores"]
+            for name, model in (("student", student), ("teacher", teacher)):
+                if saved[name]:
+                    model.load_state_dict(model.state_dict() | saved[name])
+            run.optimizer.load_state_dict(saved["optimizer"])
+        except Exception:  # whatever other contents make PyTorch raise
+            what = f"the newest checkpoint does not fit --init_from {args.init_from}"
+            raise ValueError(f"{what}; restore that model, or use another --out_dir") from None
     return run
 
 
-def read_sets(args, enc, block_size):
-    template = TEMPLATES[args.teacher_reads]
-    if args.teacher_template:
-        template = read_template(args.teacher_template)
-    imitates = args.method == "sft"
-    reader = RowReader(enc, block_size, args.max_new_tokens, template, imitates, args.skip_long)
+def read_sets(args, tokenizer, block_size):
+    """{"train", "test", "ood", "texts", "questions", "old FILE" ...: rows}."""
+    file, reads, imitates = args.teacher_template, args.teacher_reads, args.method == "sft"
+    template = read_template(file) if file else TEMPLATES[reads]
+    limits = block_size, args.max_new_tokens
+    reader = RowReader(tokenizer, *limits, template, imitates, args.skip_long)
+    train = reader.read(args.data, reader.training)
+    prior = reader.read(args.eval, reader.prior) if args.eval else []
+    answered = [row for row in train if row["answer"]]
     sets = {
-        "train": reader.read(args.data, reader.training),
-        "test": reader.read(args.test, reader.task) if args.test else [],
+        "test": reader.read(args.test, reader.task) if args.test else answered,
         "ood": reader.read(args.ood, reader.task) if args.ood else [],
-        "prior": reader.read(args.eval, reader.prior) if args.eval else [],
+        "texts": [row for row in prior if "text_ids" in row],
+        "questions": [row for row in prior if "answer_ids" in row],
     }
     sets |= {f"old {path}": reader.read(path, reader.task) for path in args.old or ()}
-    sets["test"] = sets["test"] or [row for row in sets["train"] if row["answer"]]
+    for name, rows in sets.items():
+        if len(rows) > args.eval_rows:
+            first = f"the first {args.eval_rows} of {len(rows)} rows"
+            reader.notes.append(f"{first} of {name} are evaluated (--eval_rows)")
+            sets[name] = rows[: args.eval_rows]
     for note in reader.notes:
         print(f"note: {note}")
-    return sets
-
-
-def open_folder(args, argv):
-    """The checkpoint to go on from or None, and the settings: a resumed run keeps its own."""
-    saved = checkpoint.load_run(args.out_dir) if args.resume else None
-    if saved:
-        own, args = parse_args(saved["argv"]), parse_args([*saved["argv"], *argv])
-        for name, value in vars(args).items():
-            was = getattr(own, name)
-            if value != was and name not in ("resume", "out_dir", "device"):
-                raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
-        return saved, args
-    checkpoint.check_new(args.out_dir)
-    if not args.data:
-        raise ValueError(f"--data is missing, and there is no run in {args.out_dir} to --resume")
-    return None, args
-
-
-def restore(run, saved):
-    """Put a checkpoint's state into the run."""
-    try:
-        run.step, run.base_scores = saved["step"], saved["base_scores"]
-        for name, model in (("student", run.student), ("teacher", run.teacher)):
-            if saved[name]:
-                model.load_state_dict(model.state_dict() | saved[name])
-        run.optimizer.load_state_dict(saved["optimizer"])
-    except Exception:  # whatever other contents make PyTorch raise
-        raise ValueError(
-            f"the newest checkpoint does not fit --init_from {run.args.init_from}; "
-            "restore that model, or start again in another --out_dir"
-        ) from None
+    return sets | {"train": train}
 
 
 def save(run):
@@ -278,18 +247,9 @@ def save(run):
     checkpoint.save_run(run.args.out_dir, state)
 
 
-def save_weights(run, folder):
-    """The student as a GPT-2 folder of Hugging Face's, with the vocabulary of --init_from."""
-    checkpoint.save_model(lora.merge(run.student), folder, run.enc.eot_token)
-    checkpoint.copy_tokenizer(checkpoint.source_folder(run.args.init_from), folder)
-
-
-# --- What happens in a step -----------------------------------------------------------------------
-
-
 def update(run, rows, generators):
     """One update on this process's rows of the minibatch: loss and info, as of sdft.train_step."""
-    args, eos_id = run.args, run.enc.eot_token
+    args, eos_id = run.args, run.tokenizer.eos_id
     run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
     prompts = [row["prompt_ids"] for row in rows]
     with autocast(args, run.device):
@@ -297,43 +257,31 @@ def update(run, rows, generators):
             demonstrations = [row["demonstration_ids"] for row in rows]
             sizes = eos_id, args.grad_clip, args.micro_batch
             return fast.sft_step(run.student, run.optimizer, prompts, demonstrations, *sizes)
-        return fast.train_step(
-            run.student,
-            run.teacher,
-            run.optimizer,
-            prompts,
-            [row["teacher_ids"] for row in rows],
-            args.max_new_tokens,
-            eos_id,
-            generators=generators,
-            rollout_dtype=rollout_dtype(args, run.device),
-            divergence=args.divergence,
-            alpha={"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher],
-            temperature=args.temperature,
-            grad_clip=args.grad_clip,
-            skip_tokens=args.skip_tokens,
-            micro_batch=args.micro_batch,
-        )
+        models = run.student, run.teacher, run.optimizer
+        contexts = prompts, [row["teacher_ids"] for row in rows]
+        same = ("divergence", "temperature", "grad_clip", "skip_tokens", "micro_batch")
+        options = {name: getattr(args, name) for name in same} | {"generators": generators}
+        options["alpha"] = {"ema": args.ema_alpha, "frozen": 0.0, "live": 1.0}[args.teacher]
+        options["rollout_dtype"] = rollout_dtype(args, run.device)
+        return fast.train_step(*models, *contexts, args.max_new_tokens, eos_id, **options)
 
 
 def averages(run, loss, info, stop):
     """Metrics of the minibatch over all processes, its number of tokens, and if any must stop."""
-    mask, sampled = info["mask"], "completions" in info
-    sums = {"stop": stop, "rows": len(mask), "loss": loss * len(mask), "tokens": mask.sum()}
-    if sampled:
-        endless = mask.all(1) & (info["completions"][:, -1] != run.enc.eot_token)  # (B,)
-        sums |= {"truncated": endless.sum(), "divergence": info["divergence"].sum()}
-        sums |= {"loss_tokens": info["loss_mask"].sum()}
+    mask, n = info["mask"], len(info["mask"])
+    endless = mask.all(1) & (info["completions"][:, -1] != run.tokenizer.eos_id)  # (B,)
+    sums = {"stop": stop, "rows": n, "loss": loss * n, "length": mask.sum()}
+    sums |= {"truncated": endless.sum()}
+    if "divergence" in info:  # SFT has none.
+        sums |= {"divergence": info["divergence"].sum(), "loss_tokens": info["loss_mask"].sum()}
     values = torch.tensor([*sums.values()], dtype=torch.float32, device=run.device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     sums = dict(zip(sums, values.tolist()))
-    metrics = {"loss": sums["loss"] / sums["rows"], "divergence": None}
-    if sampled:
-        metrics["divergence"] = sums["divergence"] / max(sums["loss_tokens"], 1)
-    metrics["length"] = sums["tokens"] / sums["rows"]
-    metrics["truncated"] = sums.get("truncated", 0) / sums["rows"]
-    return metrics, sums["tokens"], sums["stop"] > 0
+    metrics = {name: sums[name] / sums["rows"] for name in ("loss", "length", "truncated")}
+    n = max(sums.get("loss_tokens", 0), 1)
+    metrics["divergence"] = sums["divergence"] / n if "divergence" in sums else None
+    return metrics, sums["length"], sums["stop"] > 0
 
 
 def measure(run):
@@ -341,9 +289,8 @@ def measure(run):
 
     The KL is to --base or --init_from, which is read again if training does not hold it in memory.
     """
-    args, enc, at_start = run.args, run.enc, run.base_scores is None
-    base = run.start
-    if at_start and not args.base:
+    args, base = run.args, run.start
+    if run.base_scores is None and not args.base:
         base = None  # It is the student itself.
     elif args.base or base is None:
         base = checkpoint.load_model(args.base or args.init_from).to(run.device)
@@ -353,26 +300,17 @@ def measure(run):
         return fast.rollout(model, prompts, max_new_tokens, eos_id, temperature, generators)
 
     with autocast(args, run.device):
-        student = fast.RolloutGPT.of(run.student)
+        student, tokenizer = fast.RolloutGPT.of(run.student), run.tokenizer
         n, size = args.max_new_tokens, args.micro_batch or args.batch_size
-        scores = evaluate.evaluate(student, run.sets, enc, n, size, base, at_start)
-        seen, samples = watch.look(
-            student,
-            None if run.teacher is None else fast.RolloutGPT.of(run.teacher),
-            student if base is None else fast.RolloutGPT.of(base),
-            evaluate.rows_to_watch(run.sets, student.config.block_size - n),
-            lambda ids: to_bytes(enc, ids).decode("utf-8", "backslashreplace"),
-            contains,
-            max_new_tokens=n,
-            eos_id=enc.eot_token,
-            divergence=args.divergence,
-            temperature=args.temperature,
-            batch_size=8,  # whose logits are all in memory
-            rollout=rollout,
-            phase=args.method,
-            skill=None,
-            step=run.step,
-        )
+        scores = evaluate.evaluate(student, run.sets, tokenizer, n, size, base)
+        teacher = None if run.teacher is None else fast.RolloutGPT.of(run.teacher)
+        models = student, teacher, student if base is None else fast.RolloutGPT.of(base)
+        rows = evaluate.rows_to_watch(run.sets, student.config.block_size - n)
+        options = {"divergence": args.divergence, "temperature": args.temperature}
+        options |= {"rollout": rollout, "batch_size": 8}  # rows whose logits are all in memory
+        options |= {"phase": args.method, "skill": None, "step": run.step}
+        inputs = *models, rows, tokenizer.decode, contains, n, tokenizer.eos_id
+        seen, samples = watch.look(*inputs, **options)
     row = {"phase": args.method, "step": run.step, "eval": scores} | seen
     for name, score in (("new", "lenient"), ("prior", "prior_acc")):  # as data/watch.py names them
         row |= {name: scores[score]} if score in scores else {}
@@ -384,14 +322,9 @@ def measure(run):
     files.append(out / "metrics.jsonl", [row])
     earlier = [look["new"] for look in run.looks if look.get("step") and "new" in look]
     if args.keep == "best" and run.step and row["new"] > max(earlier, default=-1):
-        save_weights(run, out / "best")
+        checkpoint.save_model(lora.merge(run.student), out / "best", run.tokenizer)
     run.looks.append(row)
     return scores
-
-
-def finite_numbers(row):
-    """What later evaluations use of an earlier one, whatever someone has written into the file."""
-    return {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < math.inf}
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -401,19 +334,29 @@ def fine_tune(args, argv, rank, n_processes):
     """One run, from its start or a checkpoint to its end; False if a signal stops it before."""
     # Load and check everything.
     began = time.perf_counter()
-    saved, args = open_folder(args, argv)
+    saved = checkpoint.load_run(args.out_dir) if args.resume else None
+    if saved:  # A resumed run keeps its settings.
+        own, args, argv = parse_args(saved["argv"]), parse_args(saved["argv"] + argv), saved["argv"]
+        for name, was in vars(own).items():
+            value = getattr(args, name)
+            if value != was and name not in ("resume", "out_dir", "device"):
+                raise ValueError(f"--{name} {value} differs from the run's {was}; leave it out")
+    else:
+        checkpoint.check_new(args.out_dir)
+        if not args.data:
+            raise ValueError(f"--data is missing, and {args.out_dir} holds no run to --resume")
     if args.batch_size % n_processes:
         raise ValueError(f"--batch_size must be a multiple of the {n_processes} processes")
     device = pick_device(args.device)
     if n_processes > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    run = prepare(args, saved, device)
-    run.argv, out = saved["argv"] if saved else argv, Path(args.out_dir)
+    run, out = prepare(args, argv, saved, device), Path(args.out_dir)
     print(
         f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
         f"a step, steps {run.step + 1} to {args.steps}, {compute_dtype(args.dtype, device)}\n"
-        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{device} x {n_processes}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"end token {run.tokenizer.decode([run.tokenizer.eos_id])}"
     )
 
     # The base's scores, and logs that end where the checkpoint does.
@@ -423,7 +366,10 @@ def fine_tune(args, argv, rank, n_processes):
         step = -1 if run.base_scores is None else run.step
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
-        run.looks = [finite_numbers(row) for row in rows if "eval" in row]
+        finite = lambda value: type(value) in (int, float) and abs(value) < 1e300
+        # All else in the file may be anything.
+        numbers = lambda row: {name: value for name, value in row.items() if finite(value)}
+        run.looks = [numbers(row) for row in rows if "eval" in row]
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
@@ -480,7 +426,7 @@ def fine_tune(args, argv, rank, n_processes):
         print(f"stopped after step {run.step}, saved; go on with: {again}")
     elif rank == 0:
         final = measure(run)
-        save_weights(run, out)
+        checkpoint.save_model(lora.merge(run.student), out, run.tokenizer)
         if args.lora_rank:
             checkpoint.save_adapters(run.student, out / "adapter", args.init_from)
         results = {"config": vars(args), "base": run.base_scores, "final": final}
@@ -498,9 +444,11 @@ def fine_tune(args, argv, rank, n_processes):
 
 def sentence_of(e, out_dir):
     """What a user reads in place of a traceback; None if the program is at fault."""
-    full = "out of memory" in str(e) or "allocate memory" in str(e)  # on a GPU, on a CPU
-    if full and isinstance(e, RuntimeError):
+    if isinstance(e, RuntimeError) and ("out of memory" in str(e) or "allocate memory" in str(e)):
         return "the memory is full; lower --micro_batch, --max_new_tokens or --batch_size"
+    if isinstance(e, BrokenPipeError):  # as of `| head`
+        sys.stdout = open(os.devnull, "w")  # or Python complains again when it exits
+        return "nobody reads the output any more; if a run was stopped, --resume goes on"
     if isinstance(e, FloatingPointError):
         remedy = f"delete the newest file in {out_dir}/checkpoints, and it goes on from the other"
         return f"{e}; if --resume ends here again, {remedy}"
@@ -527,7 +475,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; if a checkpoint was saved, --resume goes on from it")
     except Exception as e:
-        if not (sentence := sentence_of(e, args.out_dir)):
+        sentence = sentence_of(e, args.out_dir)
+        if not sentence:
             raise
         # On one line; of several processes, one prints.
         sys.exit("error: " + " ".join(sentence.split()) if rank == 0 else 1)
@@ -535,5 +484,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # A name that they cannot print must not end a run.
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if stream:  # None if it was closed
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main()
