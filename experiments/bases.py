@@ -14,7 +14,7 @@ README.md, "Cold start" and "Size".
 
 import numpy as np
 
-from experiments import common, report, runner
+from experiments import common, runner, tables
 from experiments.settings import HIGH, LOW, chosen, grid
 from experiments.worlds import COLD, cold_skills
 
@@ -28,7 +28,7 @@ def measure(seed, level, settings=None):
 
 def figure(rows, plt):
     rows = chosen(rows, COLD_START.choose_by)
-    return report.new_and_prior(rows, plt, "level", "how often the base's training was right")
+    return tables.new_and_prior(rows, plt, "level", "how often the base's training was right")
 
 
 LEVELS = [*COLD.values()]

@@ -14,14 +14,14 @@ README.md, "Few demonstrations", "Bad demonstrations" and "Answer-only demonstra
 
 import numpy as np
 
-from experiments import common, report, runner
+from experiments import common, runner, tables
 from experiments.common import on_texts
 from experiments.settings import HIGH, LOW, METHODS, MIDDLE, RATES, SDFT, chosen, grid
 
 
 def figure(rows, plt):
     rows = chosen(rows[1:], DEMONSTRATIONS.choose_by)
-    return report.new_and_prior(rows, plt, "n", "demonstrations")
+    return tables.new_and_prior(rows, plt, "n", "demonstrations")
 
 
 RATES_OF = {"sft": RATES[:5]}

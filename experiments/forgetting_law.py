@@ -9,7 +9,7 @@ both directions; the fit is a parabola. README.md, "What forgetting follows".
 
 import numpy as np
 
-from experiments import report, runner
+from experiments import runner, tables
 
 SOURCES = ("pareto", "controls", "demonstrations", "mismatch", "teacher_weights", "kl")
 KLS = {"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}
@@ -61,7 +61,7 @@ def figure(rows, plt):
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss of prior accuracy")
-    report.legend_beside(panels[1])
+    tables.legend_beside(panels[1])
     return drawn
 
 

@@ -10,7 +10,7 @@ every seed in place of X, at the rates chosen on X. README.md, "New against prio
 
 import numpy as np
 
-from experiments import common, report, runner
+from experiments import common, runner, tables
 from experiments.common import accuracy, base, skill, skill_metrics, train_on_skill, training
 from experiments.settings import METHODS, RATES, SDFT, SFT, grid
 from experiments.worlds import HALF
@@ -47,7 +47,7 @@ def derive(metrics):
         matched = np.array(metrics[arm]["matched"]) > 0
         sdft, sft = (np.array(metrics[k]["prior"])[matched] for k in ("sdft", arm))
         if matched.sum() > 1 and (not len(best["prior"]) or sft.mean() > best["prior"].mean()):
-            here = " against ".join(map(report.mean_and_spread, (sdft, sft)))
+            here = " against ".join(map(tables.mean_and_spread, (sdft, sft)))
             best |= {"prior": sft, "here": f"{here}, SFT at {lr:g} on {len(sft)} seeds"}
             metrics["sdft where matched"]["prior"] = sdft
 
@@ -57,7 +57,7 @@ def figure(rows, plt):
     colours = ["tab:red", "tab:orange", "tab:blue", "tab:cyan", "tab:purple", "tab:pink"]
     for family, colour in zip([*METHODS, "sft stopped"], colours):
         metrics = [row["metrics"] for row in rows if row.get("family") == family]
-        (x, dx), (y, dy) = (report.mean_and_sd([m[c] for m in metrics]) for c in ("new", "prior"))
+        (x, dx), (y, dy) = (tables.mean_and_sd([m[c] for m in metrics]) for c in ("new", "prior"))
         style = dict(fmt="-o", color=colour, alpha=0.8, elinewidth=0.7, linewidth=0.7)
         panel.errorbar(x, y, dy, dx, label=family, **style)
     start = rows[0]["metrics"]
@@ -65,7 +65,7 @@ def figure(rows, plt):
     panel.set(xlabel="skill X, greedy accuracy", ylabel="prior skills, greedy accuracy")
     panel.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05))
     panel.grid(alpha=0.3)
-    report.legend_beside(panel)
+    tables.legend_beside(panel)
     return drawn
 
 

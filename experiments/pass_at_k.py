@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data import toy
-from experiments import report, runner
+from experiments import runner, tables
 from experiments.common import base, skill, train_on_skill
 from experiments.settings import METHODS
 from sdft import rollout
@@ -44,7 +44,7 @@ def measure(seed, settings=None):
 
 def figure(rows, plt):
     lines = {row["arm"]: [row["metrics"][f"pass@{k}"] for k in KS] for row in rows}
-    return report.panels_of_lines(plt, {"skill X": lines}, KS, "k", "pass@k")
+    return tables.panels_of_lines(plt, {"skill X": lines}, KS, "k", "pass@k")
 
 
 NAMES = ("sft", "sft, own style", "sdft", "sdft, forward KL")

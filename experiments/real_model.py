@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import scoring, watch
 from data.files import append, write_whole
-from experiments import hf_loop, instructions, report, runner
+from experiments import hf_loop, instructions, runner
 from experiments.common import options
 from experiments.hf_loop import chat, completion_logits, distill_loss, eos_ids, rollout, sdft_step
 from sdft import clip_and_step, ema_update, sft_loss, student_context, teacher_context
@@ -420,7 +420,7 @@ def figure(rows, plt):
     for axis, title in zip(AXES, ("new facts", "prior questions")):
         stages = {arm: [base[axis], m[axis], m.get(f"then {axis}")] for arm, m in metrics.items()}
         panels[title] = {arm: [v for v in values if v] for arm, values in stages.items()}
-    return report.panels_of_lines(plt, panels, ["base", "facts", "calls"])
+    return tables.panels_of_lines(plt, panels, ["base", "facts", "calls"])
 
 
 COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90", "instructions"]

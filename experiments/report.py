@@ -1,4 +1,4 @@
-"""Verdicts, tables and figures of the results, and the parts of README.md that are made from them.
+"""The claims and their verdicts, and the parts of README.md that are made from the results.
 
     python -m experiments.report                  # rewrite the marked parts
     python -m experiments.report out/experiments  # take over a finished run's results first
@@ -19,7 +19,6 @@ Claims against a number have the margin 0. A rate at the end of those that were 
 import argparse
 import csv
 import itertools
-import json
 import re
 import shutil
 import sys
@@ -28,6 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from data.files import write_whole
+from experiments import forgetting_law, tables
+from experiments.all import REPORTED
 from experiments.settings import chosen
 
 HERE = Path(__file__).parent
@@ -107,7 +108,7 @@ def judge(claim, metrics):
     def shown(match):
         arm = claim.get(match[1], match[1]).partition(": ")[0]
         found, end = values(match[1]), "*" * metrics.get(arm, {}).get("at the end", False)
-        return (found if isinstance(found, str) else mean_and_spread(found)) + end
+        return (found if isinstance(found, str) else tables.mean_and_spread(found)) + end
 
     here = re.sub(r"\{(.+?)\}", shown, claim["here"] or "{more} against {than}")
     more, than, margin = values("more"), values("than"), MARGINS[claim["unit"]]
@@ -172,98 +173,6 @@ def surviving(tests):
     return int(yes[:n_false_discovery].sum()), int(yes[:n_familywise].sum())
 
 
-# --- Tables --------------------------------------------------------------------------------------
-
-
-def label(row):
-    """The arm, with its rate, and a mark if that is at the end of those that were tried."""
-    rate = f" at {row['rate']:g}" if "rate" in row else ""
-    return row["arm"] + rate + "*" * row.get("end", False)
-
-
-def table(rows, columns):
-    """Lines of Markdown: mean ± standard deviation over the seeds."""
-    yield "| arm | " + " | ".join(columns) + " |"
-    yield "|---" + "|---:" * len(columns) + "|"
-    for row in rows:
-        cells = [mean_and_spread(row["metrics"].get(c, ())) for c in columns]
-        yield f"| {label(row)} | " + " | ".join(cells) + " |"
-
-
-def mean_and_spread(values):
-    """The text "0.94 ± 0.04"; one seed has no spread. Large numbers get fewer digits."""
-    values = np.atleast_1d(values)
-    if len(values) == 0:
-        return ""
-    mean, sd = mean_and_sd([values])
-    largest = np.max(np.abs(values))
-    if largest >= 1000:
-        return f"{mean[0]:,.0f}"
-    digits = 0 if largest >= 100 else 2
-    spread = f" ± {sd[0]:.{digits}f}" if len(values) > 1 else ""
-    return f"{mean[0]:.{digits}f}{spread}"
-
-
-def mean_and_sd(values):
-    """Mean and standard deviation of each list of seeds, (n, seeds) to (n,) twice."""
-    values = np.array(values)
-    return values.mean(1), values.std(1, ddof=values.shape[1] > 1)
-
-
-# --- Figures -------------------------------------------------------------------------------------
-
-
-def panels_of_lines(plt, panels, ticks, xlabel=None, ylabel="greedy accuracy"):
-    """A figure with a panel for every title, and in it a line for every name.
-
-    panels is {title: {name: values (n, seeds)}}; the values stand at the first n of the ticks.
-    """
-    drawn, axes = plt.subplots(
-        1, len(panels), figsize=(1.5 + 4 * len(panels), 3.4), sharey=True, squeeze=False
-    )
-    for panel, (title, lines) in zip(axes[0], panels.items()):
-        for name, values in lines.items():
-            (mean, sd), fmt = mean_and_sd(values), "k--o" if name in ("base", "prior") else "-o"
-            panel.errorbar(range(len(mean)), mean, sd, fmt=fmt, label=name, capsize=3, markersize=4)
-        panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
-        panel.set_xticks(range(len(ticks)), ticks)
-        panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(ylabel)
-    legend_beside(axes[0, -1])
-    return drawn
-
-
-def new_and_prior(rows, plt, field, xlabel):
-    """Two panels, a line for every family over the values of a field of the arms."""
-    families = dict.fromkeys(row["family"] for row in rows)
-    panels = {
-        title: {f: [row["metrics"][metric] for row in rows if row["family"] == f] for f in families}
-        for metric, title in (("new", "new skill"), ("prior", "prior skills"))
-    }
-    ticks = [f"{value:g}" for value in dict.fromkeys(row[field] for row in rows)]
-    return panels_of_lines(plt, panels, ticks, xlabel)
-
-
-def legend_beside(panel):
-    """Outside the axes, where it hides nothing."""
-    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
-
-
-def draw(figure, rows, path):
-    """Write figure(rows, plt) as a PNG, if matplotlib is installed."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figure, since matplotlib is missing: pip install matplotlib")
-        return
-    plt.switch_backend("Agg")
-    drawn = figure(rows, plt)
-    save = dict(format="png", dpi=150, bbox_inches="tight")
-    write_whole(path, lambda tmp: drawn.savefig(tmp, **save))
-    plt.close(drawn)
-    print(f"wrote {path}")
-
-
 # --- Results and README --------------------------------------------------------------------------
 
 
@@ -276,7 +185,7 @@ def main(argv=None):
     try:
         if run:
             take_over(run)
-        text = rewritten(README.read_text(encoding="utf-8"), load(RESULTS))
+        text = rewritten(README.read_text(encoding="utf-8"), tables.load(RESULTS))
         write_whole(README, lambda tmp: tmp.write_text(text, encoding="utf-8"))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
@@ -284,32 +193,23 @@ def main(argv=None):
 
 def take_over(run):
     """Copy the results and figures of a finished run, and measure the forgetting law on them."""
-    from experiments import forgetting_law  # it needs this module
-
-    results = load(run)
+    results = tables.load(run)
     if not results:
         command = f"python -m experiments.all --out_dir {run}"
         raise ValueError(f"there are no results in {run}; make them with: {command}")
     check(results)
     for path in run.glob("*.png"):
         shutil.copy(path, FIGURES)
-    if {*forgetting_law.SOURCES} <= {*results}:
-        law = results["forgetting_law"] = forgetting_law.measure(results)
-        draw(forgetting_law.figure, law["rows"], FIGURES / "forgetting_law.png")
+    merged = tables.load(RESULTS) | results
+    if {*forgetting_law.SOURCES} <= {*merged}:
+        law = results["forgetting_law"] = forgetting_law.measure(merged)
+        tables.draw(forgetting_law.figure, law["rows"], FIGURES / "forgetting_law.png")
     for name, result in results.items():
-        write(RESULTS / f"{name}.json", result)
-
-
-def load(folder):
-    """The results in a folder: {experiment: content of its JSON file}."""
-    paths = sorted(folder.glob("*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        tables.write(RESULTS / f"{name}.json", result)
 
 
 def check(results):
     """Raises ValueError if a result has other arms than its experiment."""
-    from experiments.all import REPORTED  # these modules need this one
-
     about = ("settings", "metrics", "seconds")
     fields = lambda rows: [{k: v for k, v in row.items() if k not in about} for row in rows]
     for e in REPORTED:
@@ -317,18 +217,8 @@ def check(results):
             raise ValueError(f"{e.name}.json has other arms than its code; run {e.name} again")
 
 
-def write(path, result):
-    """A JSON file with one row a line."""
-    about = json.dumps({k: v for k, v in result.items() if k != "rows"})
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in result["rows"])
-    text = f'{about[:-1]}, "rows": [\n{rows}\n]}}\n'
-    write_whole(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
 def rewritten(text, results):
     """The README with fresh tables in its marked parts: <!-- NAME --> ... <!-- end -->."""
-    from experiments.all import REPORTED  # these modules need this one
-
     check(results)
     experiments = {e.name: e for e in REPORTED}
     for name in re.findall(r"<!-- (?!end)(\w+) -->\n", text):
@@ -349,9 +239,9 @@ def experiment_table(experiment, result):
     if result is None:
         return [MISSING]
     rows = chosen(result["rows"], experiment.choose_by)
-    lines = [*table(rows, experiment.columns), ""]
+    lines = [*tables.table(rows, experiment.columns), ""]
     if then := experiment.then_columns:
-        lines += [*table([row for row in rows if then[0] in row["metrics"]], then), ""]
+        lines += [*tables.table([row for row in rows if then[0] in row["metrics"]], then), ""]
     seeds = len(result["seeds"])
     if not seeds:  # a measurement on others' results
         return lines

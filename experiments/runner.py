@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from data import files
-from experiments import common, report
+from experiments import common, tables
 from experiments.processes import in_processes
 
 # What every arm's numbers follow from, beside its own file.
@@ -68,9 +68,9 @@ def main(doc, *experiments, argv=None):
         args = parse_args(doc, experiments, argv)
         for experiment in [e for e in experiments if e.name in args.names]:
             rows = run(experiment, args)
-            print("\n" + "\n".join(report.table(rows, experiment.columns)) + "\n")
+            print("\n" + "\n".join(tables.table(rows, experiment.columns)) + "\n")
             if experiment.figure:
-                report.draw(experiment.figure, rows, args.out_dir / f"{experiment.name}.png")
+                tables.draw(experiment.figure, rows, args.out_dir / f"{experiment.name}.png")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on after the last finished arm")
     except (torch.cuda.OutOfMemoryError, BrokenProcessPool):  # a GPU's memory, or the machine's
@@ -132,7 +132,7 @@ def run(experiment, args):
     rows = [*table.values()]
     about = dict(experiment=experiment.name, seeds=[*range(args.seeds)], torch=torch.__version__)
     about |= dict(machine=machine(), seconds=round(sum(sum(row["seconds"]) for row in rows)))
-    report.write(args.out_dir / f"{experiment.name}.json", about | {"rows": rows})
+    tables.write(args.out_dir / f"{experiment.name}.json", about | {"rows": rows})
     return rows
 
 
@@ -177,4 +177,4 @@ def run_arm(measure, arm, key, seed):
     fields = {k: v for k, v in arm.items() if k not in ("arm", "rate", "family")}
     metrics = {k: round(float(v), 5) for k, v in measure(seed, **fields).items()}
     seconds = round(time.perf_counter() - start, 1)
-    return dict(arm=report.label(arm), key=key, seed=seed, seconds=seconds, metrics=metrics)
+    return dict(arm=tables.label(arm), key=key, seed=seed, seconds=seconds, metrics=metrics)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from data import toy
-from experiments import report, runner
+from experiments import runner, tables
 from experiments.common import base, on_texts, options, sft_on_texts, training
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, grid
 from experiments.worlds import ATTEMPTS, BLIND, SEARCHED, score_search, search, searches
@@ -200,7 +200,7 @@ def figure(rows, plt):
     panel.set_xticks(range(len(updates)), updates)
     panel.set(xlabel="updates", ylabel="found, sampled, unseen questions", ylim=(0, 0.6))
     panel.grid(alpha=0.3)
-    report.legend_beside(panel)
+    tables.legend_beside(panel)
     return drawn
 
 

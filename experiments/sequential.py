@@ -17,7 +17,7 @@ README.md, "Three skills in turn" and "Many stages".
 import numpy as np
 
 from data import toy
-from experiments import report, runner
+from experiments import runner, tables
 from experiments.common import base, kl, on_texts, skill, teacher_texts, train, train_on_skill
 from experiments.settings import METHODS, SDFT, SFT, SFT_OWN
 from experiments.worlds import COLD, HALF
@@ -75,7 +75,7 @@ def figure(rows, plt):
         for row in rows
         if row["arm"] in ("sft", "sdft", "sft, own style")
     }
-    return report.panels_of_lines(plt, panels, ["base", *(f"after {k}" for k in toy.NEW)])
+    return tables.panels_of_lines(plt, panels, ["base", *(f"after {k}" for k in toy.NEW)])
 
 
 COLUMNS = ["own", "X", "Y", "Z", "prior", "KL prior"]
@@ -135,7 +135,7 @@ def measure_many(seed, settings=None, original=False):
 def figure_of_many(rows, plt):
     stages = [*range(1, len(HALF) + len(COLD) + 1)]
     lines = {row["arm"]: [row["metrics"][f"prior {i}"] for i in stages] for row in rows[1:]}
-    return report.panels_of_lines(plt, {"prior skills": lines}, stages, "skills learned")
+    return tables.panels_of_lines(plt, {"prior skills": lines}, stages, "skills learned")
 
 
 SHORT = dict(steps=60)

@@ -25,13 +25,14 @@ from experiments import (
     search,
     sequential,
     settings,
+    tables,
     worlds,
 )
 from experiments.settings import chosen
 
 EXPERIMENTS = {e.name: e for e in all_of_them.EXPERIMENTS}
 REPORTED = {e.name: e for e in all_of_them.REPORTED}
-RESULTS = report.load(report.RESULTS)
+RESULTS = tables.load(report.RESULTS)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_every_experiment_runs_and_is_reported(name, folder, monkeypatch):
     assert cells or name == "search_rates"  # a sweep of rates claims nothing
     assert all(re.match("yes|the reverse|no |undecided|cannot", c[3]) for c in cells)
     if experiment.figure:
-        report.draw(experiment.figure, rows, folder / "figure.png")
+        tables.draw(experiment.figure, rows, folder / "figure.png")
         assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
         (folder / "figure.png").unlink()
 
@@ -241,7 +242,7 @@ def test_a_choice_at_the_end_of_its_rates_is_marked():
     ]
     rows.append(dict(arm="c", metrics={"new": [0.2, 0.2]}))
     best = chosen(rows, ("val", "prior"))
-    assert [*map(report.label, best)] == ["a at 2", "b at 3*", "c"]
+    assert [*map(tables.label, best)] == ["a at 2", "b at 3*", "c"]
     experiment = runner.Experiment("fake", [], None, [], choose_by=("val", "prior"))
     metrics = report.of_arms(experiment, {"rows": rows})
     claim = dict(metric="new", more="b", than="c", unit="accuracy", here="", cannot="")
@@ -343,17 +344,17 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
         path.mkdir()
     report.README.write_text(page())
     for name in forgetting_law.SOURCES:
-        report.write(run / f"{name}.json", RESULTS[name])
+        tables.write(run / f"{name}.json", RESULTS[name])
     (run / "kl.json").write_text("{")
     with pytest.raises(SystemExit, match="error: "):
         report.main([str(run)])
-    report.write(run / "kl.json", RESULTS["kl"] | {"rows": RESULTS["kl"]["rows"][1:]})
+    tables.write(run / "kl.json", RESULTS["kl"] | {"rows": RESULTS["kl"]["rows"][1:]})
     with pytest.raises(SystemExit, match="kl.json has other arms than its code; run kl again"):
         report.main([str(run)])
     assert not [*report.RESULTS.iterdir()]
-    report.write(run / "kl.json", RESULTS["kl"])
+    tables.write(run / "kl.json", RESULTS["kl"])
     report.main([str(run)])
-    assert report.load(report.RESULTS).keys() == {*forgetting_law.SOURCES, "forgetting_law"}
+    assert tables.load(report.RESULTS).keys() == {*forgetting_law.SOURCES, "forgetting_law"}
     assert (report.FIGURES / "forgetting_law.png").exists()
     assert "| reverse | 0.99 ± 0.02 |" in report.README.read_text()
 
