@@ -53,7 +53,7 @@ def read(folders):
             settings.append(result["config"])
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"{folder} holds no results.json of a finished toy run") from None
-        for name in ("seed", "out_dir", "base", "threads", "torch", "device"):
+        for name in ("seed", "out_dir", "base", "threads", "torch", "device", "machine"):
             settings[-1].pop(name, None)
         if settings[-1] != settings[0]:
             raise ValueError(f"{folder} and {folders[0]} differ in more than the seed")
