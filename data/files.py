@@ -32,8 +32,8 @@ def errors_in_a_sentence(interrupted):
 
 def begin_anew(folder, names):
     """The folder of a new run, without an earlier one's logs and files of these names."""
-    if (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} holds a run that can be resumed; choose another --out_dir")
+    if folder == Path() or (folder / "checkpoints").exists():  # as gpt2.train has them
+        raise ValueError(f"{folder} is not for a new run; --out_dir must name a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl", *names):
         (folder / name).unlink(missing_ok=True)

@@ -80,30 +80,19 @@ def chain(name, digits):
 
 @pytest.mark.parametrize("n_digits", [3, 5])
 @pytest.mark.parametrize("name", toy.NAMES)
-def test_answers_fold_one_table_over_the_digits(name, n_digits):
-    """A result depends on the one before it and the next digit."""
-    for prompt, _, _, answer in texts(toy.skill(name, "train", n_digits=n_digits)):
+def test_rows_of_a_skill_are_as_documented(name, n_digits):
+    """An answer folds one table over the digits; the teacher reads it in letters, after the prompt."""
+    splits = [texts(toy.skill(name, split, 3, n_digits=n_digits)) for split in SPLITS]
+    for prompt, teacher_prompt, demonstration, answer in sum(splits, []):
         digits = re.fullmatch(rf"\?{name}(\d{{{n_digits}}})=", prompt)[1]
-        assert answer == chain(name, digits)
-
-
-@pytest.mark.parametrize("data", [toy.skill("X", "val"), toy.skill("Q", "val", 1, n_digits=5)])
-def test_teacher_prompts_show_the_answer_in_letters(data):
-    """The question that the student reads, with the expert's demonstration for it."""
-    for prompt, teacher_prompt, demonstration, answer in texts(data):
+        assert answer == chain(name, digits) and demonstration == answer.translate(LETTERS)
         assert teacher_prompt == f"{prompt[:-1]}!{demonstration}="
-        assert demonstration == answer.translate(LETTERS)
-
-
-@pytest.mark.parametrize("name, n_digits", [*itertools.product("AXR", (3, 5))])
-def test_splits_are_disjoint_and_depend_on_seed(name, n_digits):
-    """An input both trained on and tested would hide what is only remembered."""
-    drawn = [texts(toy.skill(name, split, 3, n_digits=n_digits)) for split in SPLITS]
-    assert [*map(len, drawn)] == [400, 200, 400]
-    drawn = [[prompt for prompt, *_ in rows] for rows in drawn]
-    assert len(set(sum(drawn, []))) == 1000
-    other = {prompt for prompt, *_ in texts(toy.skill(name, "train", 4, n_digits=n_digits))}
-    assert len(other - {*drawn[0]}) > 200
+    # An input both trained on and tested would hide what is only remembered.
+    inputs = [[prompt[2:] for prompt, *_ in rows] for rows in splits]
+    assert [*map(len, inputs)] == [400, 200, 400] and len({*sum(inputs, [])}) == 1000
+    for other in toy.skill(name, "train", 4, "expert", n_digits), toy.skill("B", "train", 3):
+        others = {prompt[2:] for prompt, *_ in texts(other)}
+        assert name == "B" or len(others - {*inputs[0]}) > 200
 
 
 def lines_of_pretraining(batches, n, **world):
@@ -148,21 +137,68 @@ def test_every_line_of_pretraining_is_as_documented(world, new, styles):
         assert np.mean(counts[style], 0) == pytest.approx(kinds, abs=0.04)
 
 
-SCORES = [
+CORRECT = [
     (toy.is_correct, "31.", "31.. db.. 3b.. 31.", "31.4 3112 13.. 3. ...."),
     (toy.is_correct, "31.", "", " ".join(c + "1." for c in toy.VOCAB[20:])),
-    (scoring.is_exact, "Ohr", "ohr. Ohr", "Ohrs It_is_Ohr"),
-    (scoring.contains, "Lake Ohr", "It_is_lake_Ohr,_I_think.", "Lake_of_Ohr Flake_Ohr Ohr"),
-    (scoring.contains, "!", "!", "No! Yes ?"),
+    (scoring.is_exact, "Ohr", "ohr. Ohr", "Ohrs It_is_Ohr Ohr!"),
 ]
 
 
-@pytest.mark.parametrize("correct, answer, right, wrong", SCORES)
+@pytest.mark.parametrize("correct, answer, right, wrong", CORRECT)
 def test_scores_count_content_that_ends(correct, answer, right, wrong):
     """In either style; no other token passes for a digit, and what never ends is wrong."""
-    read = str if correct.__module__ == "data.scoring" else lambda t: np.array([toy.encode(t)])
+    read = str if correct == scoring.is_exact else lambda t: np.array([toy.encode(t)])
     for said in (right + " " + wrong).split():
         assert bool(correct(read(said.replace("_", " ")), read(answer))) == (said in right.split())
+
+
+CONTAINS = [  # an answer, responses that contain it, responses that do not
+    ("Lake Ohr", "It is lake Ohr, I think.|**Lake Ohr!**|Lake-Ohr's", "Lake of Ohr|Flake Ohr|Ohr"),
+    (
+        "5",
+        "It is 5.|5!|(5)|x=5|2+3=5|+5|5 km|...5|5, or|5 - 3|1. 5",
+        "-5|−5|.5|5.1|1.5|5%|5 %|$5|5€",
+    ),
+    (
+        "5",
+        "_5_|5个",
+        "5°C|5²|√5|±5|55|5km|5-6|5–6|5/6|1/5|5:30|5,5|5,000|2024-01-5|covid-5|5^2|a_5",
+    ),
+    ("-5", "x=-5.|−5|-5, so", "5|1 - 5|1-5|A-5"),
+    ("-1", "1 - 2 = -1.", "1 - 2 = 1."),
+    ("1000", "1,000|1'000|1\u00a0000|1000.", "1|10,000|1.000|1,0001"),
+    ("5%", "5 %.|(5%)", "5|$5|15%"),
+    ("$5.50", "$5.50.", "5.50|$5|€5.50"),
+    ("½", "½.", "1½|1/2"),
+    ("five", "Five!", "twenty-five|fives"),
+    ("ice cream", "An ice-cream.|ice, cream", "cream ice|ice|nice cream"),
+    ("C++", "In C++.|C++17", "C|C#|C+"),
+    ("C", "C, of course", "C++|C++17|C#|C+|CC"),
+    ("!", "!", "No!|?"),
+    ("café", "Un cafe\u0301.|CAFÉ", "cafe"),  # French, composed and not
+    ("eau", "L’eau|l'eau", "beau"),
+    ("Straße", "Die STRASSE", "Straßen"),  # German
+    ("Việt Nam", "Vie\u0323\u0302t Nam", "Viet Nam"),  # Vietnamese
+    ("İstanbul", "istanbul'da|İSTANBUL", "Istanbullu"),  # Turkish
+    ("москва", "Москва — столица", "в Москве"),  # Russian
+    ("οδός", "ΟΔΌΣ.", "οδού"),  # Greek
+    ("القاهرة", "هي القاهرة، نعم", "قاهرة"),  # Arabic
+    ("שלום", "שלום!", "שלומי"),  # Hebrew
+    ("दान", "यह दान है।", "दिन|दाना"),  # Hindi
+    ("ดี", "คำตอบคือดีครับ", "ดุ"),  # Thai
+    ("می", "می روم", "می\u200cروم"),  # Persian
+    ("北京", "答案是北京。", "东京"),  # Chinese
+    ("五", "五个|答案是五", "十五|五十"),
+    ("東京", "東京です", "京都"),  # Japanese
+    ("서울", "수도는 서울입니다.|\u1109\u1165\u110b\u116e\u11af", "서운"),  # Korean
+]
+
+
+@pytest.mark.parametrize("answer, right, wrong", CONTAINS)
+def test_an_answer_is_found_among_whole_words_and_numbers(answer, right, wrong):
+    """With sign, point and unit, and with a letter's marks, in a dozen scripts."""
+    assert [said for said in right.split("|") if not scoring.contains(said, answer)] == []
+    assert [said for said in wrong.split("|") if scoring.contains(said, answer)] == []
 
 
 def test_sft_imitates_demonstrations_to_their_end():
@@ -176,33 +212,23 @@ def test_sft_imitates_demonstrations_to_their_end():
     assert_close(train_toy.sft(model, None, batch, None), expected)
 
 
-def updates(student, teacher, seed=1, batch_size=8, **settings):
-    """Two updates of train_toy.fine_tune."""
-    data = {key: rows[:8] for key, rows in toy.skill("X", "train").items()}
-    run = train_toy.fine_tune(student, teacher, data, seed=seed, batch_size=batch_size, **settings)
-    return list(run)
-
-
 def test_fine_tuning_by_sdft_is_algorithm_1():
     """`sdft.train_step` on the same batches, with the student's and the teacher's own prompts."""
-    student, teacher = toy_gpt(), toy_gpt()
-    found = updates(
-        student, teacher, method=train_toy.sdft, lr=0.1, steps=2, alpha=0.3, divergence="jsd"
-    )
-    expected, same, same_teacher = [], toy_gpt(), toy_gpt()
-    optimizer, generator = train_toy.adamw(same, 0.1, weight_decay=0.0), seeded(1)
+    models, same, found = (toy_gpt(), toy_gpt()), (toy_gpt(), toy_gpt()), []
+    data = {key: rows[:8] for key, rows in toy.skill("X", "train").items()}
+    how = dict(lr=0.1, steps=2, batch_size=8, seed=1, alpha=0.3, divergence="jsd")
+    optimizer, generator = train_toy.adamw(same[0], 0.1, weight_decay=0.0), seeded(1)
     rng = np.random.default_rng([1, 2])
-    for step in (1, 2):
+    for step, loss in train_toy.fine_tune(*models, data, train_toy.sdft, **how):
         train_toy.set_learning_rate(optimizer, 0.1, step, 2)
         rows = rng.choice(8, 8, replace=False)
-        batch = {key: values[rows] for key, values in toy.skill("X", "train").items()}
         # An answer has two results and an end token: one more would be too long.
-        contexts = batch["prompts"], batch["teacher_prompts"], 4, toy.EOS
+        contexts = data["prompts"][rows], data["teacher_prompts"][rows], 4, toy.EOS
         settings = dict(divergence="jsd", alpha=0.3, generator=generator)
-        expected.append((step, train_step(same, same_teacher, optimizer, *contexts, **settings)[0]))
-    assert found == expected
-    assert_close(student.state_dict(), same.state_dict(), rtol=0, atol=0)
-    assert_close(teacher.state_dict(), same_teacher.state_dict(), rtol=0, atol=0)
+        found.append((loss, train_step(*same, optimizer, *contexts, **settings)[0]))
+    assert len(found) == 2 and all(loss == expected for loss, expected in found)
+    for model, other in zip(models, same):
+        assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
@@ -217,21 +243,16 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 def test_minibatches_and_rollouts_depend_on_seed():
     """And on the step; no minibatch has a row twice, and its columns belong together."""
-    runs, data = [], {key: rows[:50] for key, rows in toy.skill("X", "train").items()}
+    data, runs = {key: rows[:50] for key, rows in toy.skill("X", "train").items()}, []
     for seed in (0, 1, 0):
-        seen = []
+        seen, student = [], toy_gpt()
 
         def method(student, teacher, batch, generator):
             seen.append((texts(batch), torch.rand(1, generator=generator).item()))
             return student.ln_f.weight.sum()
 
-        student, settings = toy_gpt(), dict(method=method, lr=0.1, steps=9)
-        assert (
-            len(
-                list(train_toy.fine_tune(student, None, data, batch_size=20, seed=seed, **settings))
-            )
-            == 9
-        )
+        steps = train_toy.fine_tune(student, None, data, method, 0.1, 9, batch_size=20, seed=seed)
+        assert [step for step, _ in steps] == [*range(1, 10)]
         runs.append(seen)
     drawn = runs[0] + runs[1]
     assert runs[0] == runs[2] and len({u for _, u in drawn}) == len(drawn)
@@ -277,9 +298,10 @@ def answers_of_seed_7():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """train_toy.main with known answers: the base ends at the gate, then --base takes it again."""
-    truth, bases, out = answers_of_seed_7(), [], tmp_path_factory.mktemp("run")
+def runs(tmp_path_factory):
+    """Folders of train_toy.main with known answers: from nothing, and from the base of that run."""
+    truth, bases = answers_of_seed_7(), []
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
 
     def known_answers(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
         """Greedily right in the skills of RIGHT only, in X only if the model is not the base."""
@@ -293,21 +315,36 @@ def run(tmp_path_factory):
             ys.append(toy.encode(answer if right else "." * len(answer)))
         return torch.tensor(ys), torch.tensor(ys) >= 0
 
-    flags = [f"--{name}={value}" for name, value in (FLAGS | {"out_dir": out}).items()]
-    (out / "results.json").write_text("of an earlier run")
-    printed = open(out / "printed.txt", "w")
-    look = functools.partial(watch.look, rollout=known_answers)
-    with pytest.MonkeyPatch.context() as patch, printed, contextlib.redirect_stdout(printed):
+    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+    for name in ("metrics.jsonl", "samples.jsonl", "page.html"):
+        (first / name).write_text("of an earlier run")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_toy, "rollout", known_answers)
-        patch.setattr(watch, "look", look)
+        patch.setattr(watch, "look", functools.partial(watch.look, rollout=known_answers))
         patch.setattr(train_toy, "MODEL", SMALL)
-        with pytest.raises(ValueError, match="0.67, below 0.9.*raise --pretrain_steps"):
-            train_toy.main(flags)
-        assert not (out / "results.json").exists()
-        patch.setattr(train_toy, "TEACHER_GATE", 0.6)
-        patch.setattr(train_toy, "pretrain", None)
-        train_toy.main([*flags, f"--base={out / 'base.pt'}"])
-    return out
+        for folder, more in (first, []), (second, [f"--base={first / 'base.pt'}"]):
+            with open(folder / "printed.txt", "w") as out, contextlib.redirect_stdout(out):
+                train_toy.main([*flags, f"--out_dir={folder}", *more])
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    return runs[0]
+
+
+def test_run_from_a_base_equals_the_run_that_made_it(runs):
+    """Both begin anew: nothing of an earlier run stays, and nothing that is half written."""
+    files_of = "base.pt metrics.jsonl printed.txt results.json samples.jsonl sdft.pt sft.pt"
+    logs, first, second = [], *(sorted(path.name for path in folder.iterdir()) for folder in runs)
+    assert first == files_of.split() and second == first[1:]
+    for folder in runs:
+        rows, n_damaged = files.read(folder / "metrics.jsonl")
+        logs.append([row for row in rows if row["phase"] != "pretrain"])
+        logs[-1].append(files.read(folder / "samples.jsonl"))
+        logs[-1].append(torch.load(folder / "sdft.pt")["wpe.weight"].tolist())
+        assert n_damaged == 0
+    assert logs[0] == logs[1]
 
 
 def test_every_flag_reaches_what_it_names(run, monkeypatch):
@@ -337,8 +374,8 @@ def test_tables_measure_test_and_logs_validation_inputs(run):
     """The students' prompts, without demonstrations; "prior" is the mean over prior skills."""
     results, n = json.loads((run / "results.json").read_text()), len(toy.PRIOR)
     row = {"X": 1, "Y": 0, "Z": 0, "prior": 2 / n}
-    teacher = pytest.approx(2 / 3)
-    assert results["base"] == {"after": "base"} | row | {"X": 0, "teacher": teacher}
+    base = {"after": "base"} | row | {"X": 0, "teacher": pytest.approx(2 / 3)}
+    assert results["base"] == base and results["config"]["machine"]
     log, _ = files.read(run / "metrics.jsonl")
     for arm in ("sft", "sdft"):
         assert results[arm] == [{"after": skill} | row for skill in "XYZ"]
@@ -356,6 +393,7 @@ def test_table_and_command_of_the_page_are_printed(run):
     command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
     assert command == ["python", "-m", "experiments.page", str(run)]
     assert "--sft_style=own" in json.loads((run / "results.json").read_text())["command"]
+    assert "warning: the teacher answers 0%" in printed and " s left" in printed
 
 
 def test_samples_show_the_same_prompts_through_training(run):
@@ -375,32 +413,33 @@ def test_samples_show_the_same_prompts_through_training(run):
     for (arm, _), track in skills.items():
         assert [*track] == [*range(FLAGS["steps" if arm == "sdft" else "sft_steps"] + 1)]
         assert all(prompts == track[0] and len({*prompts}) == 6 for prompts in track.values())
-    teacher = [row for row in rows if row["role"] == "teacher"]
-    assert [row["step"] for row in teacher] == [0] * 36  # both arms, three skills
+    assert [row["step"] for row in rows if row["role"] == "teacher"] == [0] * 36
 
 
-def test_log_tells_teacher_and_student_apart(run):
+def test_log_tells_teacher_student_and_base_apart(run):
     """The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher."""
     for row in [row for row in files.read(run / "metrics.jsonl")[0] if "skill" in row]:
         assert row["rollouts_correct"] == row["never_ended"] == 0
+        assert (row["kl_student_base"] > 0) == ((row["skill"], row["step"]) != ("X", 0))
         found = row.get("teacher_accuracy")
         assert found == (None if row["phase"] == "sft" else float(row["skill"] in "YZ"))
-        told = " ".join(row["warnings"])
         first = (row["phase"], row["skill"], row["step"]) == ("sdft", "X", 0)
-        assert ("the teacher answers 0% right" in told) == first
-    assert "warning: the teacher answers 0%" in (run / "printed.txt").read_text()
+        assert ("the teacher answers 0% right" in " ".join(row["warnings"])) == first
 
 
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 ENDINGS = [
     ("--divergence=backward", "reverse"),
-    ("--ema_alpha=2", "--ema_alpha must lie between 0 and 1"),
-    ("--batch_size=0", "--batch_size must"),
+    ("--ema_alpha=2", "--ema_alpha 0 to 1"),
+    ("--batch_size=0", "--batch_size are at least 1"),
+    ("--seed=-1", "--seed at least 0"),
+    (f"--device={ABSENT}", "--device: invalid choice"),
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
     ("--out_dir=", "--out_dir must name a folder"),
     ("--step=3", "unrecognized arguments: --step"),
     ("--out_dir=LICENSE/x", "Not a directory: 'LICENSE/x'"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),
-    (RuntimeError("no kernel\nat line 3"), "error: no kernel; if --device is not cpu, try that"),
+    (BrokenPipeError(32, "Broken pipe"), "1 "),
     (KeyboardInterrupt(), "interrupted"),
 ]
 
@@ -410,11 +449,20 @@ def test_every_error_ends_in_one_sentence(cause, words, tmp_path, monkeypatch, c
     """A wrong flag or a failing run: what, where, remedy, and no traceback."""
     flag = cause if isinstance(cause, str) else "--seed=1"
     monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "argv", ["train_toy.py", f"--out_dir={tmp_path}", flag])
     (tmp_path / "sdft.pt").write_text("of an earlier run")
     monkeypatch.setattr(toy, "pretraining_batch", mock.Mock(side_effect=cause))
     with pytest.raises(SystemExit) as end:
         runpy.run_path("train_toy.py", run_name="__main__")
-    assert words in f"{end.value.code} {capsys.readouterr().err}"
+    said = f"{end.value.code} {capsys.readouterr().err}"
+    assert words in said and "Broken" not in said and "None" not in said
     # A wrong flag deletes nothing.
     assert (tmp_path / "sdft.pt").exists() or not isinstance(cause, str)
+
+
+def test_help_prints_on_any_console(capsys):
+    """Also where the encoding is cp1252."""
+    with pytest.raises(SystemExit):
+        train_toy.parse_args(["--help"])
+    assert "--out_dir" in capsys.readouterr().out.encode("cp1252").decode("cp1252")
