@@ -1,4 +1,4 @@
-"""What the toy guarantees: data/toy.py, data/scoring.py and train_toy.py.
+"""What the toy guarantees: data/toy.py and train_toy.py.
 
 Oracles are independent of the code under test: plain Python, a row scored alone, a step by hand,
 and a stand-in for the model whose scores are known in advance.
@@ -24,7 +24,7 @@ import torch
 from torch.testing import assert_close
 
 import train_toy
-from data import files, scoring, toy, watch
+from data import files, toy, watch
 from model import GPT, GPTConfig
 from sdft import train_step
 
@@ -81,7 +81,7 @@ def chain(name, digits):
 @pytest.mark.parametrize("n_digits", [3, 5])
 @pytest.mark.parametrize("name", toy.NAMES)
 def test_rows_of_a_skill_are_as_documented(name, n_digits):
-    """An answer folds one table over the digits; the teacher reads it in letters, after the prompt."""
+    """Answers fold one table over the digits; the teacher reads them in letters."""
     splits = [texts(toy.skill(name, split, 3, n_digits=n_digits)) for split in SPLITS]
     for prompt, teacher_prompt, demonstration, answer in sum(splits, []):
         digits = re.fullmatch(rf"\?{name}(\d{{{n_digits}}})=", prompt)[1]
@@ -90,31 +90,24 @@ def test_rows_of_a_skill_are_as_documented(name, n_digits):
     # An input both trained on and tested would hide what is only remembered.
     inputs = [[prompt[2:] for prompt, *_ in rows] for rows in splits]
     assert [*map(len, inputs)] == [400, 200, 400] and len({*sum(inputs, [])}) == 1000
-    for other in toy.skill(name, "train", 4, "expert", n_digits), toy.skill("B", "train", 3):
-        others = {prompt[2:] for prompt, *_ in texts(other)}
-        assert name == "B" or len(others - {*inputs[0]}) > 200
-
-
-def lines_of_pretraining(batches, n, **world):
-    """The question, what a demonstration shows, or "", and the answer."""
-    rng = np.random.default_rng(0)
-    for _ in range(batches):
-        for ids in zip(*toy.pretraining_batch(rng, n, **world)):
-            prompt, answer = map(toy.decode, ids)
-            question, _, shown = prompt[1:-1].partition("!")
-            yield question, shown, answer
+    for skill, seed in (name, 4), ("B" if name == "A" else "A", 3):
+        others = texts(toy.skill(skill, "train", seed, n_digits=n_digits))
+        assert len({prompt[2:] for prompt, *_ in others} - {*inputs[0]}) > 200
 
 
 LONG = dict(new={"X": (0.8, 0.25)}, n_digits=5, styles=(0.66, 0.12, 0.22))
+WORLDS = [({}, "XYZ", (0.8, 0.14, 0.06)), (LONG, "X", LONG["styles"])]
 
 
-@pytest.mark.parametrize(
-    "world, new, styles", [({}, "XYZ", (0.8, 0.14, 0.06)), (LONG, "X", LONG["styles"])]
-)
+@pytest.mark.parametrize("world, new, styles", WORLDS)
 def test_every_line_of_pretraining_is_as_documented(world, new, styles):
     """Whose table, how many digits, what is shown, how often; a bare answer is always right."""
     counts, unknown, own_share = {"": [], "full": [], "bare": []}, [], {}
-    for (name, *digits), shown, answer in lines_of_pretraining(700, 48, **world):
+    rng = np.random.default_rng(0)
+    batches = [zip(*toy.pretraining_batch(rng, 48, **world)) for _ in range(700)]
+    for ids in itertools.chain(*batches):
+        prompt, answer = map(toy.decode, ids)
+        (name, *digits), _, shown = prompt[1:-1].partition("!")
         style = "bare" if len(shown) == 2 else "full" if shown else ""
         assert len(digits) == len(answer) == world.get("n_digits", 3)
         assert answer.translate(LETTERS).endswith(shown) and len(shown) in (0, 2, len(answer))
@@ -137,68 +130,11 @@ def test_every_line_of_pretraining_is_as_documented(world, new, styles):
         assert np.mean(counts[style], 0) == pytest.approx(kinds, abs=0.04)
 
 
-CORRECT = [
-    (toy.is_correct, "31.", "31.. db.. 3b.. 31.", "31.4 3112 13.. 3. ...."),
-    (toy.is_correct, "31.", "", " ".join(c + "1." for c in toy.VOCAB[20:])),
-    (scoring.is_exact, "Ohr", "ohr. Ohr", "Ohrs It_is_Ohr Ohr!"),
-]
-
-
-@pytest.mark.parametrize("correct, answer, right, wrong", CORRECT)
-def test_scores_count_content_that_ends(correct, answer, right, wrong):
+def test_answers_count_by_content_and_end():
     """In either style; no other token passes for a digit, and what never ends is wrong."""
-    read = str if correct == scoring.is_exact else lambda t: np.array([toy.encode(t)])
-    for said in (right + " " + wrong).split():
-        assert bool(correct(read(said.replace("_", " ")), read(answer))) == (said in right.split())
-
-
-CONTAINS = [  # an answer, responses that contain it, responses that do not
-    ("Lake Ohr", "It is lake Ohr, I think.|**Lake Ohr!**|Lake-Ohr's", "Lake of Ohr|Flake Ohr|Ohr"),
-    (
-        "5",
-        "It is 5.|5!|(5)|x=5|2+3=5|+5|5 km|...5|5, or|5 - 3|1. 5",
-        "-5|−5|.5|5.1|1.5|5%|5 %|$5|5€",
-    ),
-    (
-        "5",
-        "_5_|5个",
-        "5°C|5²|√5|±5|55|5km|5-6|5–6|5/6|1/5|5:30|5,5|5,000|2024-01-5|covid-5|5^2|a_5",
-    ),
-    ("-5", "x=-5.|−5|-5, so", "5|1 - 5|1-5|A-5"),
-    ("-1", "1 - 2 = -1.", "1 - 2 = 1."),
-    ("1000", "1,000|1'000|1\u00a0000|1000.", "1|10,000|1.000|1,0001"),
-    ("5%", "5 %.|(5%)", "5|$5|15%"),
-    ("$5.50", "$5.50.", "5.50|$5|€5.50"),
-    ("½", "½.", "1½|1/2"),
-    ("five", "Five!", "twenty-five|fives"),
-    ("ice cream", "An ice-cream.|ice, cream", "cream ice|ice|nice cream"),
-    ("C++", "In C++.|C++17", "C|C#|C+"),
-    ("C", "C, of course", "C++|C++17|C#|C+|CC"),
-    ("!", "!", "No!|?"),
-    ("café", "Un cafe\u0301.|CAFÉ", "cafe"),  # French, composed and not
-    ("eau", "L’eau|l'eau", "beau"),
-    ("Straße", "Die STRASSE", "Straßen"),  # German
-    ("Việt Nam", "Vie\u0323\u0302t Nam", "Viet Nam"),  # Vietnamese
-    ("İstanbul", "istanbul'da|İSTANBUL", "Istanbullu"),  # Turkish
-    ("москва", "Москва — столица", "в Москве"),  # Russian
-    ("οδός", "ΟΔΌΣ.", "οδού"),  # Greek
-    ("القاهرة", "هي القاهرة، نعم", "قاهرة"),  # Arabic
-    ("שלום", "שלום!", "שלומי"),  # Hebrew
-    ("दान", "यह दान है।", "दिन|दाना"),  # Hindi
-    ("ดี", "คำตอบคือดีครับ", "ดุ"),  # Thai
-    ("می", "می روم", "می\u200cروم"),  # Persian
-    ("北京", "答案是北京。", "东京"),  # Chinese
-    ("五", "五个|答案是五", "十五|五十"),
-    ("東京", "東京です", "京都"),  # Japanese
-    ("서울", "수도는 서울입니다.|\u1109\u1165\u110b\u116e\u11af", "서운"),  # Korean
-]
-
-
-@pytest.mark.parametrize("answer, right, wrong", CONTAINS)
-def test_an_answer_is_found_among_whole_words_and_numbers(answer, right, wrong):
-    """With sign, point and unit, and with a letter's marks, in a dozen scripts."""
-    assert [said for said in right.split("|") if not scoring.contains(said, answer)] == []
-    assert [said for said in wrong.split("|") if scoring.contains(said, answer)] == []
+    wrong = [*"31.4 3112 13.. 3. ....".split(), *(c + "1." for c in toy.VOCAB[20:])]
+    for said in [*"31.. db.. 3b.. 31.".split(), *wrong]:
+        assert toy.is_correct_text(said, "31.") == (said not in wrong)
 
 
 def test_sft_imitates_demonstrations_to_their_end():
@@ -328,26 +264,18 @@ def runs(tmp_path_factory):
     return first, second
 
 
-@pytest.fixture(scope="module")
-def run(runs):
-    return runs[0]
-
-
 def test_run_from_a_base_equals_the_run_that_made_it(runs):
     """Both begin anew: nothing of an earlier run stays, and nothing that is half written."""
-    files_of = "base.pt metrics.jsonl printed.txt results.json samples.jsonl sdft.pt sft.pt"
-    logs, first, second = [], *(sorted(path.name for path in folder.iterdir()) for folder in runs)
-    assert first == files_of.split() and second == first[1:]
-    for folder in runs:
-        rows, n_damaged = files.read(folder / "metrics.jsonl")
-        logs.append([row for row in rows if row["phase"] != "pretrain"])
-        logs[-1].append(files.read(folder / "samples.jsonl"))
-        logs[-1].append(torch.load(folder / "sdft.pt")["wpe.weight"].tolist())
-        assert n_damaged == 0
-    assert logs[0] == logs[1]
+    names = "base.pt metrics.jsonl printed.txt results.json samples.jsonl sdft.pt sft.pt".split()
+    assert [sorted(p.name for p in folder.iterdir()) for folder in runs] == [names, names[1:]]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (first, n_damaged), (second, _) = (files.read(folder / name) for folder in runs)
+        assert n_damaged == 0 and second == [r for r in first if r["phase"] != "pretrain"]
+    weights = [torch.load(folder / "sdft.pt") for folder in runs]
+    assert_close(*weights, rtol=0, atol=0)
 
 
-def test_every_flag_reaches_what_it_names(run, monkeypatch):
+def test_every_flag_reaches_what_it_names(runs, monkeypatch):
     """By direct calls: both arms start from the base and learn skill after skill."""
     torch.manual_seed(7)
     base = GPT(GPTConfig(**SMALL))
@@ -367,64 +295,60 @@ def test_every_flag_reaches_what_it_names(run, monkeypatch):
         teacher = copy.deepcopy(arms["sdft"]).requires_grad_(False)
         list(train_toy.fine_tune(arms["sdft"], teacher, expert, **sdft, **shared))
     for name, model in arms.items():
-        assert_close(torch.load(run / f"{name}.pt"), model.state_dict(), rtol=0, atol=0)
+        assert_close(torch.load(runs[0] / f"{name}.pt"), model.state_dict(), rtol=0, atol=0)
 
 
-def test_tables_measure_test_and_logs_validation_inputs(run):
+def test_tables_measure_test_and_logs_validation_inputs(runs):
     """The students' prompts, without demonstrations; "prior" is the mean over prior skills."""
-    results, n = json.loads((run / "results.json").read_text()), len(toy.PRIOR)
+    results, n = json.loads((runs[0] / "results.json").read_text()), len(toy.PRIOR)
     row = {"X": 1, "Y": 0, "Z": 0, "prior": 2 / n}
     base = {"after": "base"} | row | {"X": 0, "teacher": pytest.approx(2 / 3)}
     assert results["base"] == base and results["config"]["machine"]
-    log, _ = files.read(run / "metrics.jsonl")
-    for arm in ("sft", "sdft"):
-        assert results[arm] == [{"after": skill} | row for skill in "XYZ"]
-        for skill, accuracy in ("X", 0), ("Y", 0), ("Z", 1):
-            lines = [r for r in log if (r["phase"], r.get("skill")) == (arm, skill)]
-            assert lines and all(m["new"] == accuracy and m["prior"] == 3 / n for m in lines)
-            assert all(("loss" in line) == (line["step"] > 0) for line in lines)
+    assert results["sft"] == results["sdft"] == [{"after": skill} | row for skill in "XYZ"]
+    log = [row for row in files.read(runs[0] / "metrics.jsonl")[0] if "skill" in row]
+    assert len(log) == 3 * (FLAGS["sft_steps"] + 1) + 3 * (FLAGS["steps"] + 1)
+    for row in log:
+        assert row["new"] == (row["skill"] == "Z") and row["prior"] == 3 / n
+        assert ("loss" in row) == (row["step"] > 0)
+        # The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher.
+        found = None if row["phase"] == "sft" else row["skill"] in "YZ"
+        assert row.get("teacher_accuracy") == found
+        assert row["rollouts_correct"] == row["never_ended"] == 0
+        first = (row["skill"], row["step"]) == ("X", 0)
+        assert (row["kl_student_base"] == 0) == first
+        told = "the teacher answers 0% right" in " ".join(row["warnings"])
+        assert told == (first and row["phase"] == "sdft")
 
 
-def test_table_and_command_of_the_page_are_printed(run):
+def test_table_and_command_of_the_page_are_printed(runs):
     """The accuracies after X; the closing line makes the page of this very run."""
-    printed = (run / "printed.txt").read_text()
+    printed = (runs[0] / "printed.txt").read_text()
     row = [f"{accuracy:.2f}" for accuracy in (1, 0, 0, 2 / len(toy.PRIOR))]
     assert ["X", *row, *row] in [line.split() for line in printed.splitlines()]
     command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
-    assert command == ["python", "-m", "experiments.page", str(run)]
-    assert "--sft_style=own" in json.loads((run / "results.json").read_text())["command"]
+    assert command == ["python", "-m", "experiments.page", str(runs[0])]
+    assert "--sft_style=own" in json.loads((runs[0] / "results.json").read_text())["command"]
     assert "warning: the teacher answers 0%" in printed and " s left" in printed
 
 
-def test_samples_show_the_same_prompts_through_training(run):
+def test_samples_show_the_same_prompts_through_training(runs):
     """Before, during and after every skill: three of it, three prior ones, none trained on."""
-    rows, truth, skills = files.read(run / "samples.jsonl")[0], answers_of_seed_7(), {}
-    for row in rows:
-        new = row["prompt"][1] == row["skill"]
+    truth, asked = answers_of_seed_7(), {}
+    for row in files.read(runs[0] / "samples.jsonl")[0]:
         split, right = truth[row["prompt"][:-1]]
-        assert split == "val" and row["expected"] == right and new == (row["kind"] == "new")
+        assert split == "val" and row["expected"] == right
+        assert (row["prompt"][1] == row["skill"]) == (row["kind"] == "new")
         assert row["teacher_prompt"] == f"{row['prompt'][:-1]}!{row['demonstration']}="
         said = "".join(token["text"] for token in row["tokens"])
         assert row["response"] == said and row["correct"] == (said == right)
-        if row["role"] == "student":
-            track = skills.setdefault((row["phase"], row["skill"]), {})
-            track.setdefault(row["step"], []).append(row["prompt"])
-    assert [*skills] == [(arm, skill) for arm in ("sft", "sdft") for skill in "XYZ"]
-    for (arm, _), track in skills.items():
-        assert [*track] == [*range(FLAGS["steps" if arm == "sdft" else "sft_steps"] + 1)]
-        assert all(prompts == track[0] and len({*prompts}) == 6 for prompts in track.values())
-    assert [row["step"] for row in rows if row["role"] == "teacher"] == [0] * 36
-
-
-def test_log_tells_teacher_student_and_base_apart(run):
-    """The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher."""
-    for row in [row for row in files.read(run / "metrics.jsonl")[0] if "skill" in row]:
-        assert row["rollouts_correct"] == row["never_ended"] == 0
-        assert (row["kl_student_base"] > 0) == ((row["skill"], row["step"]) != ("X", 0))
-        found = row.get("teacher_accuracy")
-        assert found == (None if row["phase"] == "sft" else float(row["skill"] in "YZ"))
-        first = (row["phase"], row["skill"], row["step"]) == ("sdft", "X", 0)
-        assert ("the teacher answers 0% right" in " ".join(row["warnings"])) == first
+        look = row["role"], row["phase"], row["skill"], row["step"]
+        asked.setdefault(look, []).append(row["prompt"])
+    for (role, arm, skill, step), prompts in asked.items():
+        assert prompts == asked["student", arm, skill, 0] and len({*prompts}) == 6
+    steps = {"sft": FLAGS["sft_steps"], "sdft": FLAGS["steps"]}
+    looks = [("student", arm, k, i) for arm in steps for k in "XYZ" for i in range(steps[arm] + 1)]
+    looks += [("teacher", arm, k, 0) for arm in steps for k in "XYZ"]
+    assert {*asked} == {*looks}
 
 
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
@@ -437,6 +361,7 @@ ENDINGS = [
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
     ("--out_dir=", "--out_dir must name a folder"),
     ("--step=3", "unrecognized arguments: --step"),
+    ("--help", "where to train (default: cpu)"),
     ("--out_dir=LICENSE/x", "Not a directory: 'LICENSE/x'"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),
     (BrokenPipeError(32, "Broken pipe"), "1 "),
@@ -455,14 +380,8 @@ def test_every_error_ends_in_one_sentence(cause, words, tmp_path, monkeypatch, c
     monkeypatch.setattr(toy, "pretraining_batch", mock.Mock(side_effect=cause))
     with pytest.raises(SystemExit) as end:
         runpy.run_path("train_toy.py", run_name="__main__")
-    said = f"{end.value.code} {capsys.readouterr().err}"
-    assert words in said and "Broken" not in said and "None" not in said
+    printed, err = capsys.readouterr()
+    said = f"{printed}{end.value.code} {err}".encode("cp1252").decode("cp1252")  # any console
+    assert words in said and "Broken" not in said and not said.rstrip().endswith("None")
     # A wrong flag deletes nothing.
     assert (tmp_path / "sdft.pt").exists() or not isinstance(cause, str)
-
-
-def test_help_prints_on_any_console(capsys):
-    """Also where the encoding is cp1252."""
-    with pytest.raises(SystemExit):
-        train_toy.parse_args(["--help"])
-    assert "--out_dir" in capsys.readouterr().out.encode("cp1252").decode("cp1252")
