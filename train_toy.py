@@ -159,9 +159,9 @@ def main(argv=None):
     text = json.dumps(results, indent=1, default=str) + "\n"
     write_whole(args.out_dir / "results.json", lambda tmp: tmp.write_text(text, "utf-8"))
     cost = "{sft update:.3f} s an update of SFT, {sdft update:.3f} s of SDFT, {in all:.0f} s in all"
-    print("\n" + cost.format(**results["seconds"]))
-    page = f"python -m experiments.page {shlex.quote(str(args.out_dir))}"
-    print(f"results and weights are in {args.out_dir}; every token: {page}", flush=True)
+    folder = shlex.quote(str(args.out_dir))
+    print(f"\n{cost.format(**results['seconds'])}; results and weights are in {folder}")
+    print(f"every token, both roles: python -m experiments.page {folder}", flush=True)
 
 
 def teach(arm, base, test, args):
