@@ -378,9 +378,9 @@ def test_sizes_are_those_published_for_gpt2():
 
 
 def test_gpt2_by_name_is_downloaded_safely(monkeypatch):
-    """From the name's own address, weights_only; the file has causal masks and no prefix."""
+    """From the name's own address, weights_only; with causal masks, no prefix, in any precision."""
     model, download = GPT(GPTConfig(1024, 50257, 1, 2, 4)), mock.Mock()
-    state = {k.removeprefix("transformer."): w for k, w in model.checkpoint().items()}
+    state = {k.removeprefix("transformer."): w.double() for k, w in model.checkpoint().items()}
     download.return_value = state | {"h.0.attn.bias": torch.ones(1, 1, 1024, 1024)}
     monkeypatch.setitem(GPT2_SIZES, "tiny", (1, 2, 4))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
