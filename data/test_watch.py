@@ -181,7 +181,11 @@ def test_lines_are_read_as_written(tmp_path):
     assert files.read(tmp_path / "s.jsonl") == (rows[:2], 2)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("odd")])
+FULL, OF_TORCH = OSError(28, "No space left on device"), RuntimeError("unexpected pos")
+OF_TORCH.__context__ = FULL
+
+
+@pytest.mark.parametrize("error", [FULL, OF_TORCH, RuntimeError("odd")])
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     """On the disk before it has its name; what fails leaves the old file, and is one sentence."""
     path, called = tmp_path / "results.json", mock.Mock()
