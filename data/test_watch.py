@@ -208,3 +208,15 @@ def test_progress_tells_the_mean_since_the_row_before():
     rows = [*files.progress(enumerate([4.0, 2.0, 7.0, 1.0, 6.0], 1), steps=5, n_rows=2)]
     assert [(row["step"], row["loss"]) for row, _ in rows] == [(2, 3.0), (4, 4.0), (5, 6.0)]
     assert 0 < rows[0][1] <= rows[1][1] <= rows[2][1]
+
+
+def test_log_prints_the_row_the_time_left_and_the_warnings(tmp_path, capsys):
+    """And a run that can be resumed is not logged over."""
+    row = dict(phase="sdft", skill="X", step=2, loss=1.5, new=0.5, prior=1.0, warnings=["trouble"])
+    files.log(tmp_path, row, steps=6, seconds=3.0)
+    line = "sdft     X     2/6  loss  1.500  new 0.50  prior 1.00    6 s left\n"
+    assert capsys.readouterr().out == line + "sdft     X     2  warning: trouble\n"
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="a folder of its own"):
+        files.begin_anew(tmp_path, [])
+    assert files.read(tmp_path / "metrics.jsonl") == ([row], 0)
