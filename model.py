@@ -12,7 +12,8 @@ B batch, T new tokens, S cached and new columns, D width, H heads, V vocabulary
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,11 @@ GPT2_SIZES = {  # layers, heads, width
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig in config.json
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+# Of torch.compile, DistributedDataParallel, PEFT, and Hugging Face's model with its output layer.
+PREFIXES = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.|transformer\.)+")
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in some checkpoints, not weights
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these as (in, out)
 # What this file computes; a checkpoint whose config.json asks for anything else is refused.
 COMPUTED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
@@ -48,10 +53,8 @@ class KVCache:
     def __init__(self, model, batch_size, max_len):
         c, weight = model.config, model.wte.weight
         if max_len > c.block_size:
-            raise ValueError(
-                f"prompt and response need {max_len} tokens, more than block_size={c.block_size}; "
-                "shorten the prompt or max_new_tokens"
-            )
+            need = f"prompt and response need {max_len} tokens, more than block_size={c.block_size}"
+            raise ValueError(f"{need}; shorten the prompt or max_new_tokens")
         shape = (c.n_layer, 2, batch_size, c.n_head, max_len, c.n_embd // c.n_head)
         self.kv = torch.empty(shape, device=weight.device, dtype=weight.dtype)
         self.length = 0  # columns filled, the same for every row
@@ -166,7 +169,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """GPT-2: a name in GPT2_SIZES, downloaded once, or a folder in Hugging Face's format."""
+        """GPT-2 by a name in GPT2_SIZES, downloaded once, or a Hugging Face folder, even in shards."""
         if name_or_folder in GPT2_SIZES:
             config = GPTConfig(1024, 50257, *GPT2_SIZES[name_or_folder])
             files = dict(url=GPT2_URL.format(name_or_folder), file_name=f"{name_or_folder}.bin")
@@ -174,43 +177,40 @@ class GPT(nn.Module):
             return cls.from_checkpoint(config, load(**files, map_location="cpu", weights_only=True))
         folder = Path(name_or_folder)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
         for name, value in COMPUTED.items():
             if (asked := fields.get(name, value)) != value:
                 raise ValueError(f"{folder}: {name} is {asked!r}; model.py computes {value!r} only")
-        if (folder / "model.safetensors").exists():
-            from safetensors.torch import load_file  # optional: pip install safetensors
-
-            state = load_file(folder / "model.safetensors")
-        else:  # weights_only: a pickle must not run code
-            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        return cls.from_checkpoint(GPTConfig(*(fields[name] for name in names)), state)
+        files = [*folder.glob("model[.-]*safetensors")] or [*folder.glob("pytorch_model[.-]*bin")]
+        load = lambda file: torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+        if not files:
+            raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        if files[0].suffix == ".safetensors":
+            from safetensors.torch import load_file as load  # optional: pip install safetensors
+        state = {name: w for file in sorted(files) for name, w in load(file).items()}
+        return cls.from_checkpoint(GPTConfig(*(fields[name] for name in SIZES)), state)
 
     @classmethod
     def from_checkpoint(cls, config, state):
         """A model of Hugging Face's GPT-2 weights {name: tensor}; names and shapes must match."""
-        state = {name.removeprefix("transformer."): w for name, w in state.items()}
+        state = {PREFIXES.sub("", k): w for k, w in state.items() if not k.endswith(MASKS)}
         if not state.pop("lm_head.weight", state["wte.weight"]).equal(state["wte.weight"]):
             raise ValueError("lm_head.weight is not wte.weight; only a tied output layer is known")
-        for name in [*state]:
-            if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, not weights
-                del state[name]
-            elif name.endswith(TRANSPOSED):
-                state[name] = state[name].t().contiguous()
+        for name, w in state.items():
+            state[name] = (w.t().contiguous() if name.endswith(TRANSPOSED) else w).float()
         with torch.device("meta"):  # neither memory nor random numbers for what is replaced
             model = cls(config)
-        model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
+        model.load_state_dict(state, assign=True)
         return model
 
     def save_pretrained(self, folder):
         """Write config.json and pytorch_model.bin, which transformers' GPT2LMHeadModel reads."""
-        folder, c = Path(folder), self.config
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        sizes = dict(n_positions=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer)
-        sizes |= dict(n_head=c.n_head, n_embd=c.n_embd, model_type="gpt2")
-        (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+        fields = {"model_type": "gpt2"} | dict(zip(SIZES, astuple(self.config)))
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         torch.save(self.checkpoint(), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink(missing_ok=True)  # of an earlier save; read first
+        for stale in folder.glob("model[.-]*safetensors*"):  # of an earlier save; read first
+            stale.unlink()
 
     def checkpoint(self):
         """The weights by Hugging Face's names and in its layout: what `from_checkpoint` reads."""

@@ -55,7 +55,6 @@ def rollout(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=N
 
     A row ends with its first eos_id, which is part of the response; the rest of it is filled with
     eos_id and masked. Temperature 0 is greedy. The model has model.py's kv_cache, hidden, lm_head.
-    Raises ValueError if prompt and response do not fit, FloatingPointError if logits explode.
     """
     if max_new_tokens < 1 or not (temperature == 0 or temperature >= 0.01):
         raise ValueError("max_new_tokens must be >= 1, temperature 0 (greedy) or >= 0.01")
@@ -182,8 +181,8 @@ def ema_update(teacher, student, alpha):
     """
     if alpha == 0:  # The teacher may then be shared, or in half precision.
         return
-    weights = lambda model: [*model.parameters(), *model.buffers()]
-    for t, s in zip(weights(teacher), weights(student), strict=True):
+    weights = ([*model.parameters(), *model.buffers()] for model in (teacher, student))
+    for t, s in zip(*weights, strict=True):
         if t.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"{t.dtype} loses an EMA's small updates; keep the teacher in float32")
         t.lerp_(s.to(t.dtype), alpha) if t.is_floating_point() else t.copy_(s)
@@ -217,18 +216,15 @@ def train_step(
 ):
     """Algorithm 1 on one minibatch: the loss (float), and what the student said, (B, C) each.
 
-    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3, since
-    a student may learn to open with "Based on the example", which it cannot see (v2, Sec. 5).
+    `skip_tokens` leaves a response's first tokens out of the loss. The released code skips 3, so
+    that a student does not learn to open with "Based on the example" (v2, Sec. 5).
     """
     # Alg. 1, line 7: one response per prompt, from the student itself.
-    completions, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)
-    loss_mask = mask.clone()
-    loss_mask[:, :skip_tokens] = False
+    y, mask = rollout(student, prompts, max_new_tokens, eos_id, temperature, generator)
+    loss_mask = mask & (torch.arange(mask.size(1), device=mask.device) >= skip_tokens)
     # Lines 10 to 14: both roles score it. The gradient is Eq. (2), and goes to the student only.
-    loss, info = distill_loss(
-        student, teacher, prompts, teacher_prompts, completions, loss_mask, divergence
-    )
+    loss, info = distill_loss(student, teacher, prompts, teacher_prompts, y, loss_mask, divergence)
     loss.backward()
     clip_and_step(student, optimizer, loss.item(), grad_clip)  # Line 16.
     ema_update(teacher, student, alpha)  # Line 17.
-    return loss.item(), info | {"completions": completions, "mask": mask, "loss_mask": loss_mask}
+    return loss.item(), info | {"completions": y, "mask": mask, "loss_mask": loss_mask}

@@ -8,11 +8,9 @@ A base is pretrained in the world of data/toy.py (see data/README.md). Then it l
 Y and Z one after the other. SFT and SDFT get the same prompts and the same expert demonstrations.
 The prior skills A to H are never trained on again: they tell what is forgotten. An answer counts
 by its content, in the model's style (digits) or in the expert's (letters). The log's accuracies are
-on validation inputs, the table's on test inputs. Files for --out_dir: metrics.jsonl and
-samples.jsonl (see data/README.md), results.json, base.pt, sft.pt, sdft.pt.
+on validation inputs, the table's on test inputs.
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -20,11 +18,11 @@ import math
 import shlex
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import files, toy, watch
 from data.files import write_whole
@@ -32,7 +30,6 @@ from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, ema_update, rollout, sdft_loss, sft_loss
 
 MODEL = dict(block_size=32, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
-TEACHER_GATE = 0.95  # a teacher below this accuracy has nothing to distil
 
 
 # --- The two methods, and the loop that they share -----------------------------------------------
@@ -84,18 +81,15 @@ def fine_tune(
 
 
 def pretrain(model, draw_batch, seed, steps):
-    """Cross entropy on the answers of a world, in place: yields (step, loss) after every update.
-
-    draw_batch(rng, n) gives prompts (n, P) and answers (n, C), arrays of token ids.
-    """
+    """Cross entropy on a world's answers, in place: yields (step, loss) after every update."""
     lr, rng = 2e-3, np.random.default_rng([seed, 1])
     optimizer = adamw(model, lr, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(1, steps + 1):
         set_learning_rate(optimizer, lr, step, steps, warmup=50)
-        prompts, answers = draw_batch(rng, 128)
+        prompts, answers = draw_batch(rng, 128)  # (B, P) and (B, C), token ids
         tokens = torch.from_numpy(answers).to(model.wte.weight.device)  # (B, C)
         logits = completion_logits(model, prompts, tokens)  # (B, C, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         loss.backward()
         clip_and_step(model, optimizer, loss.item())
         yield step, loss.item()
@@ -117,169 +111,114 @@ def set_learning_rate(optimizer, lr, step, steps, warmup=10):
 
 
 def evaluate(model, sets, prompts="prompts", temperature=0.0, seed=0, is_correct=toy.is_correct):
-    """Accuracy, and mean response length in tokens, of every data set in {name: data}.
-
-    `prompts` is the key of what the model reads: "teacher_prompts" have the demonstration.
-    """
+    """Accuracy and mean length in tokens of the responses to a column of every {name: data}."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    rows = np.concatenate([data[prompts] for data in sets.values()])
-    answers = np.concatenate([data["answers"] for data in sets.values()])
-    max_new_tokens = answers.shape[1] + 1
-    y, mask = rollout(model, rows, max_new_tokens, toy.EOS, temperature, generator)
-    ends = np.cumsum([len(data[prompts]) for data in sets.values()])[:-1]
+    rows, answers = (np.concatenate([d[k] for d in sets.values()]) for k in (prompts, "answers"))
+    y, mask = rollout(model, rows, answers.shape[1] + 1, toy.EOS, temperature, generator)
     scores = is_correct(y.cpu().numpy(), answers), mask.sum(1).cpu().numpy()  # (rows,) each
+    ends = np.cumsum([len(data[prompts]) for data in sets.values()])[:-1]
     return tuple({k: float(v.mean()) for k, v in zip(sets, np.split(s, ends))} for s in scores)
 
 
 def measure(model, sets):
-    """Greedy accuracy on the new skills in `sets`, and the mean over the prior ones as "prior"."""
+    """Greedy accuracy on each of the `sets` that is new, and the mean over the prior ones."""
     accuracy, _ = evaluate(model, sets)
     prior = float(np.mean([accuracy[name] for name in sets if name in toy.PRIOR]))
-    return {name: accuracy[name] for name in sets if name in toy.NEW} | {"prior": prior}
+    return {name: accuracy[name] for name in sets if name not in toy.PRIOR} | {"prior": prior}
 
 
 # --- The experiment ------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    args, start = parse_args(argv), time.perf_counter()
+    args, began = parse_args(argv), time.perf_counter()
     torch.manual_seed(args.seed)
-    base = load_base(args.base) if args.base else GPT(GPTConfig(**MODEL))
-    base.to(args.device)
-    # Whatever can be wrong with the flags is known by now: an earlier run's files may go.
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    for name in "metrics.jsonl samples.jsonl results.json page.html sft.pt sdft.pt".split():
-        (args.out_dir / name).unlink(missing_ok=True)
-    config = vars(args) | dict(threads=torch.get_num_threads(), torch=torch.__version__)
-    print("device {device}, {threads} threads, torch {torch}, seed {seed}".format(**config))
+    base = GPT(GPTConfig(**MODEL)).to(args.device)
+    if args.base:
+        load(base, args.base)
+    # All that can be wrong with the flags is known by now: an earlier run's files may go.
+    files.begin_anew(args.out_dir, "results.json page.html sft.pt sdft.pt".split())
+    config = vars(args) | files.machine()
+    print("{machine}, {device}, {threads} threads, torch {torch}, seed {seed}".format(**config))
     if not args.base:
-        losses, began = [], time.perf_counter()
-        for step, loss in pretrain(base, toy.pretraining_batch, args.seed, args.pretrain_steps):
-            losses.append(loss)
-            if step % max(1, args.pretrain_steps // 8) == 0:
-                log({"phase": "pretrain", "step": step}, losses, args.pretrain_steps, began, args)
-        save(base, args.out_dir / "base.pt")
+        updates = pretrain(base, toy.pretraining_batch, args.seed, args.pretrain_steps)
+        for row, seconds in files.progress(updates, args.pretrain_steps, n_rows=8):
+            files.log(args.out_dir, {"phase": "pretrain"} | row, args.pretrain_steps, seconds)
+        write_whole(args.out_dir / "base.pt", lambda tmp: torch.save(base.state_dict(), tmp))
 
     test = toy.skills("test", args.seed, n_new=400, n_prior=100)
-    base_row = {"after": "base"} | measure(base, test)
-    teacher = evaluate(base, {name: test[name] for name in toy.NEW}, "teacher_prompts")[0]
-    base_row["teacher"] = float(np.mean([*teacher.values()]))
-    print("base: " + ", ".join(f"{k} {base_row[k]:.2f}" for k in [*toy.NEW, "prior", "teacher"]))
-    if base_row["teacher"] < TEACHER_GATE:
-        raise ValueError(
-            f"the base's accuracy with a demonstration is {base_row['teacher']:.2f}, below "
-            f"{TEACHER_GATE}, so that there is nothing to distil; raise --pretrain_steps"
-        )
-    command = shlex.join(["python", "train_toy.py", *(sys.argv[1:] if argv is None else argv)])
-    results = {"config": config, "command": command, "base": base_row, "seconds": {}}
+    teacher, _ = evaluate(base, {name: test[name] for name in toy.NEW}, "teacher_prompts")
+    scores = measure(base, test) | {"teacher": float(np.mean([*teacher.values()]))}
+    print("base: " + ", ".join(f"{name} {score:.2f}" for name, score in scores.items()))
+    results = {"config": config, "base": {"after": "base"} | scores, "seconds": {}}
+    results["command"] = shlex.join(["python", "train_toy.py", *(argv or sys.argv[1:])])
     for arm in ("sft", "sdft"):
-        # Both start from the base, and each skill from where the last one ended.
-        student, looks, results[arm], seconds = copy.deepcopy(base), [], [], []
-        for skill in toy.NEW:
-            seconds.append(learn(arm, skill, student, base, looks, args))
-            results[arm].append({"after": skill} | measure(student, test))
-            save(student, args.out_dir / f"{arm}.pt")
-        results["seconds"][f"{arm} update"] = float(np.mean(seconds))
-    results["seconds"]["in all"] = time.perf_counter() - start
-
+        results[arm], results["seconds"][f"{arm} update"] = teach(arm, base, test, args)
+    results["seconds"]["in all"] = time.perf_counter() - began
     print_table(results)
     text = json.dumps(results, indent=1, default=str) + "\n"
-    write_whole(args.out_dir / "results.json", lambda tmp: tmp.write_text(text))
-    print(
-        "\n{sft update:.3f} s an update of SFT, {sdft update:.3f} s of SDFT, {in all:.0f} s in all;"
-        " results and weights are in {}".format(args.out_dir, **results["seconds"])
-    )
+    write_whole(args.out_dir / "results.json", lambda tmp: tmp.write_text(text, "utf-8"))
+    cost = "{sft update:.3f} s an update of SFT, {sdft update:.3f} s of SDFT, {in all:.0f} s in all"
     folder = shlex.quote(str(args.out_dir))
-    print(f"every token, both roles: python -m experiments.page {folder}")
+    print(f"\n{cost.format(**results['seconds'])}; results and weights are in {folder}")
+    print(f"every token, both roles: python -m experiments.page {folder}", flush=True)
 
 
-def learn(arm, skill, student, base, looks, args):
-    """Teach `student` one skill, in place, and look at it now and then on validation inputs.
-
-    `looks` are this arm's rows of metrics so far, of earlier skills too. Returns the seconds of an
-    update, without the looks.
-    """
-    shared = dict(batch_size=args.batch_size, seed=args.seed)
-    if arm == "sft":
-        data, teacher = toy.skill(skill, "train", args.seed, args.sft_style), None
-        steps = args.sft_steps
-        updates = fine_tune(student, None, data, sft, args.sft_lr, steps, **shared)
-    else:
-        data = toy.skill(skill, "train", args.seed, "expert")
-        teacher = copy.deepcopy(student).requires_grad_(False)
-        steps = args.steps
-        shared |= dict(alpha=args.ema_alpha, divergence=args.divergence)
-        updates = fine_tune(student, teacher, data, sdft, args.lr, steps, **shared)
+def teach(arm, base, test, args):
+    """Teach a copy of the base X, Y and Z in turn: test scores after each, seconds of an update."""
+    student, looks, scores, seconds = copy.deepcopy(base), [], [], []
+    style, steps = (args.sft_style, args.sft_steps) if arm == "sft" else ("expert", args.steps)
+    both = dict(steps=steps, batch_size=args.batch_size, seed=args.seed)
+    of_sdft = dict(alpha=args.ema_alpha, divergence=args.divergence)
     validation = toy.skills("val", args.seed, n_new=100, n_prior=25)
-    validation = {name: validation[name] for name in [*toy.PRIOR, skill]}
-    watched, max_new_tokens = toy.rows_to_watch(validation, n_new=50), data["answers"].shape[1] + 1
-    reading = toy.decode, toy.is_correct_text, max_new_tokens, toy.EOS, args.divergence
-
-    losses, began, looking = [], time.perf_counter(), 0.0
-    for step, loss in itertools.chain([(0, None)], updates):  # step 0: before training
-        losses += [] if loss is None else [loss]
-        if step % max(1, steps // 5) == 0 or step == steps:
-            looked = time.perf_counter()
-            row = {"phase": arm, "skill": skill, "step": step}
-            metrics, samples = watch.look(student, teacher, base, watched, *reading, **row)
-            accuracy = measure(student, validation)
-            row |= metrics | {"new": accuracy[skill], "prior": accuracy["prior"]}
-            looks.append(row)
-            row["warnings"] = watch.warnings(looks)
-            files.append(args.out_dir / "samples.jsonl", samples)
-            log(row, losses, steps, began, args)
-            looking += time.perf_counter() - looked
-    return (time.perf_counter() - began - looking) / steps
-
-
-def log(row, losses, steps, began, args):
-    """Print a row of metrics and add it to metrics.jsonl; its loss is the mean since the last."""
-    line = f"{row['phase']:8} {row.get('skill', ' ')} {row['step']:5}"
-    if losses:
-        row["loss"] = float(np.mean(losses))
-        losses.clear()
-        left = (time.perf_counter() - began) / row["step"] * (steps - row["step"])
-        scores = f"  new {row['new']:.2f}  prior {row['prior']:.2f}" if "new" in row else ""
-        print(f"{line}/{steps}  loss {row['loss']:6.3f}{scores}  {left:3.0f} s left", flush=True)
-    for sentence in row.get("warnings", []):
-        print(f"{line}  warning: {sentence}", flush=True)
-    files.append(args.out_dir / "metrics.jsonl", [row])
+    reading = toy.decode, toy.is_correct_text, toy.N_DIGITS + 1, toy.EOS, args.divergence
+    for skill in toy.NEW:
+        # Each skill starts from where the last one ended, and SDFT's teacher as its student.
+        data = toy.skill(skill, "train", args.seed, style)
+        if arm == "sft":
+            teacher, updates = None, fine_tune(student, None, data, sft, args.sft_lr, **both)
+        else:
+            teacher = copy.deepcopy(student).requires_grad_(False)
+            updates = fine_tune(student, teacher, data, sdft, args.lr, **both, **of_sdft)
+        # Now and then the models are looked at, on validation inputs, first before training.
+        sets = {name: validation[name] for name in toy.PRIOR} | {"new": validation[skill]}
+        watched, start = toy.rows_to_watch(sets, n_new=50), ({"step": 0}, 0.0)
+        for row, spent in itertools.chain([start], files.progress(updates, steps, n_rows=5)):
+            about = {"phase": arm, "skill": skill, "step": row["step"]}
+            metrics, samples = watch.look(student, teacher, base, watched, *reading, **about)
+            looks.append(about | row | metrics | measure(student, sets))
+            looks[-1]["warnings"] = watch.warnings(looks)
+            files.log(args.out_dir, looks[-1], steps, spent, samples)
+        seconds.append(spent / steps)
+        scores.append({"after": skill} | measure(student, test))
+        write_whole(args.out_dir / f"{arm}.pt", lambda tmp: torch.save(student.state_dict(), tmp))
+    return scores, float(np.mean(seconds))
 
 
 def print_table(results):
-    columns = [*toy.NEW, "prior"]
     print("\ngreedy accuracy on unseen inputs; the prior skills are never trained on")
-    print(f"{'':8}{'SFT':>20}{'SDFT':>31}")
-    print("after   " + "   ".join(2 * ["".join(f"{c:>7}" for c in columns)]))
-    for sft_row, sdft_row in zip(*([results["base"], *results[arm]] for arm in ("sft", "sdft"))):
-        cells = ["".join(f"{row[c]:7.2f}" for c in columns) for row in (sft_row, sdft_row)]
-        print(f"{sft_row['after']:8}" + "   ".join(cells))
+    print(f"{'SFT':>28}{'SDFT':>31}")
+    print("after" + 2 * "         X      Y      Z  prior")
+    for rows in zip(*([results["base"], *results[arm]] for arm in ("sft", "sdft"))):
+        cells = ["".join(f"{row[c]:7.2f}" for c in [*toy.NEW, "prior"]) for row in rows]
+        print(f"{rows[0]['after']:8}" + "   ".join(cells))
 
 
-def save(model, path):
-    write_whole(path, lambda tmp: torch.save(model.state_dict(), tmp))
-
-
-def load_base(path):
-    """The base in a file that an earlier run has written."""
+def load(model, path):
     try:
-        model, state = GPT(GPTConfig(**MODEL)), torch.load(path, "cpu", weights_only=True)
-        model.load_state_dict(state)
+        model.load_state_dict(torch.load(path, "cpu", weights_only=True))
     except Exception:  # a damaged file makes the readers raise almost anything
         raise ValueError(f"--base {path} is missing or no base; leave it out to pretrain") from None
-    return model
 
 
 def parse_args(argv=None):
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    add = p.add_argument
+    p = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p.description, add = __doc__.splitlines()[0], p.add_argument
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     add("--out_dir", type=Path, default="out/toy", help="folder for everything that is written")
     add("--base", type=Path, help="a base.pt of an earlier run; without it a base is pretrained")
     add("--seed", type=int, default=0, help="of the base, the data splits and the training")
-    add("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="where to train")
+    add("--device", default="cpu", choices=[k for k in there if there[k]], help="where to train")
     add("--divergence", choices=("reverse", "forward", "jsd"), default="reverse", help="SDFT's KL")
     add("--ema_alpha", type=float, default=0.02, help="0 freezes the teacher, 1 is the student")
     add("--lr", type=float, default=6e-5, help="SDFT's peak learning rate")
@@ -290,21 +229,12 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=64, help="prompts per update, of 400 per skill")
     add("--pretrain_steps", type=int, default=2600, help="updates of the base's pretraining")
     args = p.parse_args(argv)
-    if min(args.steps, args.sft_steps, args.pretrain_steps, args.batch_size) < 1:
-        p.error("--steps, --sft_steps, --pretrain_steps and --batch_size must be at least 1")
-    if args.out_dir == Path():
-        p.error("--out_dir must name a folder of its own")
-    if not 0 <= args.ema_alpha <= 1:
-        p.error("--ema_alpha must lie between 0 and 1")
+    counts = args.steps, args.sft_steps, args.pretrain_steps, args.batch_size, args.seed + 1
+    if min(counts) < 1 or not 0 <= args.ema_alpha <= 1:
+        p.error("the steps and --batch_size are at least 1, --seed at least 0, --ema_alpha 0 to 1")
     return args
 
 
 if __name__ == "__main__":
-    try:
+    with files.errors_in_a_sentence("interrupted; if base.pt is there, --base reuses it"):
         main()
-    except (OSError, ValueError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
-    except (RuntimeError, AssertionError) as e:  # e.g. a device that this machine does not have
-        sys.exit(f"error: {str(e).splitlines()[0]}; if --device is not cpu, try that")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; if base.pt is there, --base reuses it")

@@ -1,28 +1,45 @@
-"""Is a response in plain text correct? Two matches, an exact and a lenient one."""
+"""Is a response in plain text correct? Two matches, an exact and a lenient one, in any language."""
 
 import re
+import unicodedata
+
+SAME = str.maketrans({"’": "'", **dict.fromkeys("‐‑‒–−－־", "-")})
+UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR"}
+INSIDE_NUMBER = re.compile(r"(?<=\d)(?:[,'’_\u00a0\u202f](?=\d{3}(?!\d))|\s+(?=[%‰°€]))")
+# In the letters of `shape`: a number has its sign and unit, a word what joins it, "C++" its "++".
+SIGN, UNIT = r"(?:(?<![.)])[-$±√]*\.?(?=N))?", r"(?:[%‰°$]L*|\+\+|[+#](?![LMN]))?"
+WORD = re.compile(rf"IM*|{SIGN}[LMN]+{UNIT}(?:(?:[-/_&^]|(?<=N)[.,:'](?=N))[$]?[LMN]+{UNIT})*")
 
 
 def normalise(text):
-    """Lower case, single spaces, no full stop at the end: what an exact match may differ in."""
-    return " ".join(text.lower().split()).rstrip(".")
+    """One spelling, lower case, single spaces, no full stop: what an exact match may differ in."""
+    text = "".join(c for c in text.casefold() if unicodedata.category(c) != "Cf")  # not to be seen
+    text = unicodedata.normalize("NFC", text).replace("i\u0307", "i").translate(SAME)  # Turkish İ
+    return " ".join(text.split()).rstrip(".。।۔")
 
 
 def is_exact(response, answer):
-    """The response is the answer, but for case, white space and a final full stop."""
     return normalise(response) == normalise(answer)
 
 
+def shape(c):
+    """N of a number, M mark, I of a script without spaces, L another letter, $ currency, or c."""
+    kind = unicodedata.category(c)
+    if unicodedata.numeric(c, None) is not None:
+        return "N"
+    unspaced = kind[0] == "L" and unicodedata.name(c, "").split(" ")[0] in UNSPACED
+    return "I" if unspaced else kind[0] if kind[0] in "LM" else "$" if kind == "Sc" else c
+
+
 def words(text):
-    """The words of a text in lower case, with a space before and after each."""
-    return " " + " ".join(re.findall(r"[^\W_]+", text.lower())) + " "
+    """Numbers, without separators of thousands, and words, each with all that belongs to it."""
+    text = normalise(INSIDE_NUMBER.sub("", text))
+    return " ".join(text[slice(*m.span())] for m in WORD.finditer("".join(map(shape, text))))
 
 
 def contains(response, answer):
-    """The answer's words stand in the response, whole and in order.
-
-    An answer without any word, such as "!", must match exactly.
-    """
-    if not words(answer).strip():
-        return is_exact(response, answer)
-    return words(answer) in words(response)
+    """The answer's words stand in the response, whole and in order; without any, `is_exact`."""
+    # "ice-cream" is "ice cream", but "five" is not in "twenty-five".
+    wanted = re.sub(r"\\[- ]", "[- ]", re.escape(words(answer)))
+    found = re.search(f" {wanted} ", f" {words(response)} ")
+    return found is not None if wanted else is_exact(response, answer)

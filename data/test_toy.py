@@ -1,4 +1,4 @@
-"""What the toy guarantees: data/toy.py, data/scoring.py and train_toy.py.
+"""What the toy guarantees: data/toy.py and train_toy.py.
 
 Oracles are independent of the code under test: plain Python, a row scored alone, a step by hand,
 and a stand-in for the model whose scores are known in advance.
@@ -24,7 +24,7 @@ import torch
 from torch.testing import assert_close
 
 import train_toy
-from data import files, scoring, toy, watch
+from data import files, toy, watch
 from model import GPT, GPTConfig
 from sdft import train_step
 
@@ -80,52 +80,34 @@ def chain(name, digits):
 
 @pytest.mark.parametrize("n_digits", [3, 5])
 @pytest.mark.parametrize("name", toy.NAMES)
-def test_answers_fold_one_table_over_the_digits(name, n_digits):
-    """A result depends on the one before it and the next digit."""
-    for prompt, _, _, answer in texts(toy.skill(name, "train", n_digits=n_digits)):
+def test_rows_of_a_skill_are_as_documented(name, n_digits):
+    """Answers fold one table over the digits; the teacher reads them in letters."""
+    splits = [texts(toy.skill(name, split, 3, n_digits=n_digits)) for split in SPLITS]
+    for prompt, teacher_prompt, demonstration, answer in sum(splits, []):
         digits = re.fullmatch(rf"\?{name}(\d{{{n_digits}}})=", prompt)[1]
-        assert answer == chain(name, digits)
-
-
-@pytest.mark.parametrize("data", [toy.skill("X", "val"), toy.skill("Q", "val", 1, n_digits=5)])
-def test_teacher_prompts_show_the_answer_in_letters(data):
-    """The question that the student reads, with the expert's demonstration for it."""
-    for prompt, teacher_prompt, demonstration, answer in texts(data):
+        assert answer == chain(name, digits) and demonstration == answer.translate(LETTERS)
         assert teacher_prompt == f"{prompt[:-1]}!{demonstration}="
-        assert demonstration == answer.translate(LETTERS)
-
-
-@pytest.mark.parametrize("name, n_digits", [*itertools.product("AXR", (3, 5))])
-def test_splits_are_disjoint_and_depend_on_seed(name, n_digits):
-    """An input both trained on and tested would hide what is only remembered."""
-    drawn = [texts(toy.skill(name, split, 3, n_digits=n_digits)) for split in SPLITS]
-    assert [*map(len, drawn)] == [400, 200, 400]
-    drawn = [[prompt for prompt, *_ in rows] for rows in drawn]
-    assert len(set(sum(drawn, []))) == 1000
-    other = {prompt for prompt, *_ in texts(toy.skill(name, "train", 4, n_digits=n_digits))}
-    assert len(other - {*drawn[0]}) > 200
-
-
-def lines_of_pretraining(batches, n, **world):
-    """The question, what a demonstration shows, or "", and the answer."""
-    rng = np.random.default_rng(0)
-    for _ in range(batches):
-        for ids in zip(*toy.pretraining_batch(rng, n, **world)):
-            prompt, answer = map(toy.decode, ids)
-            question, _, shown = prompt[1:-1].partition("!")
-            yield question, shown, answer
+    # An input both trained on and tested would hide what is only remembered.
+    inputs = [[prompt[2:] for prompt, *_ in rows] for rows in splits]
+    assert [*map(len, inputs)] == [400, 200, 400] and len({*sum(inputs, [])}) == 1000
+    for skill, seed in (name, 4), ("B" if name == "A" else "A", 3):
+        others = texts(toy.skill(skill, "train", seed, n_digits=n_digits))
+        assert len({prompt[2:] for prompt, *_ in others} - {*inputs[0]}) > 200
 
 
 LONG = dict(new={"X": (0.8, 0.25)}, n_digits=5, styles=(0.66, 0.12, 0.22))
+WORLDS = [({}, "XYZ", (0.8, 0.14, 0.06)), (LONG, "X", LONG["styles"])]
 
 
-@pytest.mark.parametrize(
-    "world, new, styles", [({}, "XYZ", (0.8, 0.14, 0.06)), (LONG, "X", LONG["styles"])]
-)
+@pytest.mark.parametrize("world, new, styles", WORLDS)
 def test_every_line_of_pretraining_is_as_documented(world, new, styles):
     """Whose table, how many digits, what is shown, how often; a bare answer is always right."""
     counts, unknown, own_share = {"": [], "full": [], "bare": []}, [], {}
-    for (name, *digits), shown, answer in lines_of_pretraining(700, 48, **world):
+    rng = np.random.default_rng(0)
+    batches = [zip(*toy.pretraining_batch(rng, 48, **world)) for _ in range(700)]
+    for ids in itertools.chain(*batches):
+        prompt, answer = map(toy.decode, ids)
+        (name, *digits), _, shown = prompt[1:-1].partition("!")
         style = "bare" if len(shown) == 2 else "full" if shown else ""
         assert len(digits) == len(answer) == world.get("n_digits", 3)
         assert answer.translate(LETTERS).endswith(shown) and len(shown) in (0, 2, len(answer))
@@ -148,21 +130,11 @@ def test_every_line_of_pretraining_is_as_documented(world, new, styles):
         assert np.mean(counts[style], 0) == pytest.approx(kinds, abs=0.04)
 
 
-SCORES = [
-    (toy.is_correct, "31.", "31.. db.. 3b.. 31.", "31.4 3112 13.. 3. ...."),
-    (toy.is_correct, "31.", "", " ".join(c + "1." for c in toy.VOCAB[20:])),
-    (scoring.is_exact, "Ohr", "ohr. Ohr", "Ohrs It_is_Ohr"),
-    (scoring.contains, "Lake Ohr", "It_is_lake_Ohr,_I_think.", "Lake_of_Ohr Flake_Ohr Ohr"),
-    (scoring.contains, "!", "!", "No! Yes ?"),
-]
-
-
-@pytest.mark.parametrize("correct, answer, right, wrong", SCORES)
-def test_scores_count_content_that_ends(correct, answer, right, wrong):
+def test_answers_count_by_content_and_end():
     """In either style; no other token passes for a digit, and what never ends is wrong."""
-    read = str if correct.__module__ == "data.scoring" else lambda t: np.array([toy.encode(t)])
-    for said in (right + " " + wrong).split():
-        assert bool(correct(read(said.replace("_", " ")), read(answer))) == (said in right.split())
+    wrong = [*"31.4 3112 13.. 3. ....".split(), *(c + "1." for c in toy.VOCAB[20:])]
+    for said in [*"31.. db.. 3b.. 31.".split(), *wrong]:
+        assert toy.is_correct_text(said, "31.") == (said not in wrong)
 
 
 def test_sft_imitates_demonstrations_to_their_end():
@@ -176,33 +148,23 @@ def test_sft_imitates_demonstrations_to_their_end():
     assert_close(train_toy.sft(model, None, batch, None), expected)
 
 
-def updates(student, teacher, seed=1, batch_size=8, **settings):
-    """Two updates of train_toy.fine_tune."""
-    data = {key: rows[:8] for key, rows in toy.skill("X", "train").items()}
-    run = train_toy.fine_tune(student, teacher, data, seed=seed, batch_size=batch_size, **settings)
-    return list(run)
-
-
 def test_fine_tuning_by_sdft_is_algorithm_1():
     """`sdft.train_step` on the same batches, with the student's and the teacher's own prompts."""
-    student, teacher = toy_gpt(), toy_gpt()
-    found = updates(
-        student, teacher, method=train_toy.sdft, lr=0.1, steps=2, alpha=0.3, divergence="jsd"
-    )
-    expected, same, same_teacher = [], toy_gpt(), toy_gpt()
-    optimizer, generator = train_toy.adamw(same, 0.1, weight_decay=0.0), seeded(1)
+    models, same, found = (toy_gpt(), toy_gpt()), (toy_gpt(), toy_gpt()), []
+    data = {key: rows[:8] for key, rows in toy.skill("X", "train").items()}
+    how = dict(lr=0.1, steps=2, batch_size=8, seed=1, alpha=0.3, divergence="jsd")
+    optimizer, generator = train_toy.adamw(same[0], 0.1, weight_decay=0.0), seeded(1)
     rng = np.random.default_rng([1, 2])
-    for step in (1, 2):
+    for step, loss in train_toy.fine_tune(*models, data, train_toy.sdft, **how):
         train_toy.set_learning_rate(optimizer, 0.1, step, 2)
         rows = rng.choice(8, 8, replace=False)
-        batch = {key: values[rows] for key, values in toy.skill("X", "train").items()}
         # An answer has two results and an end token: one more would be too long.
-        contexts = batch["prompts"], batch["teacher_prompts"], 4, toy.EOS
+        contexts = data["prompts"][rows], data["teacher_prompts"][rows], 4, toy.EOS
         settings = dict(divergence="jsd", alpha=0.3, generator=generator)
-        expected.append((step, train_step(same, same_teacher, optimizer, *contexts, **settings)[0]))
-    assert found == expected
-    assert_close(student.state_dict(), same.state_dict(), rtol=0, atol=0)
-    assert_close(teacher.state_dict(), same_teacher.state_dict(), rtol=0, atol=0)
+        found.append((loss, train_step(*same, optimizer, *contexts, **settings)[0]))
+    assert len(found) == 2 and all(loss == expected for loss, expected in found)
+    for model, other in zip(models, same):
+        assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
@@ -217,21 +179,16 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 def test_minibatches_and_rollouts_depend_on_seed():
     """And on the step; no minibatch has a row twice, and its columns belong together."""
-    runs, data = [], {key: rows[:50] for key, rows in toy.skill("X", "train").items()}
+    data, runs = {key: rows[:50] for key, rows in toy.skill("X", "train").items()}, []
     for seed in (0, 1, 0):
-        seen = []
+        seen, student = [], toy_gpt()
 
         def method(student, teacher, batch, generator):
             seen.append((texts(batch), torch.rand(1, generator=generator).item()))
             return student.ln_f.weight.sum()
 
-        student, settings = toy_gpt(), dict(method=method, lr=0.1, steps=9)
-        assert (
-            len(
-                list(train_toy.fine_tune(student, None, data, batch_size=20, seed=seed, **settings))
-            )
-            == 9
-        )
+        steps = train_toy.fine_tune(student, None, data, method, 0.1, 9, batch_size=20, seed=seed)
+        assert [step for step, _ in steps] == [*range(1, 10)]
         runs.append(seen)
     drawn = runs[0] + runs[1]
     assert runs[0] == runs[2] and len({u for _, u in drawn}) == len(drawn)
@@ -277,9 +234,10 @@ def answers_of_seed_7():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """train_toy.main with known answers: the base ends at the gate, then --base takes it again."""
-    truth, bases, out = answers_of_seed_7(), [], tmp_path_factory.mktemp("run")
+def runs(tmp_path_factory):
+    """Folders of train_toy.main with known answers: from nothing, and from the base of that run."""
+    truth, bases = answers_of_seed_7(), []
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
 
     def known_answers(model, prompts, max_new_tokens, eos_id, temperature=1.0, generator=None):
         """Greedily right in the skills of RIGHT only, in X only if the model is not the base."""
@@ -293,24 +251,31 @@ def run(tmp_path_factory):
             ys.append(toy.encode(answer if right else "." * len(answer)))
         return torch.tensor(ys), torch.tensor(ys) >= 0
 
-    flags = [f"--{name}={value}" for name, value in (FLAGS | {"out_dir": out}).items()]
-    (out / "results.json").write_text("of an earlier run")
-    printed = open(out / "printed.txt", "w")
-    look = functools.partial(watch.look, rollout=known_answers)
-    with pytest.MonkeyPatch.context() as patch, printed, contextlib.redirect_stdout(printed):
+    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+    for name in ("metrics.jsonl", "samples.jsonl", "page.html"):
+        (first / name).write_text("of an earlier run")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_toy, "rollout", known_answers)
-        patch.setattr(watch, "look", look)
+        patch.setattr(watch, "look", functools.partial(watch.look, rollout=known_answers))
         patch.setattr(train_toy, "MODEL", SMALL)
-        with pytest.raises(ValueError, match="0.67, below 0.9.*raise --pretrain_steps"):
-            train_toy.main(flags)
-        assert not (out / "results.json").exists()
-        patch.setattr(train_toy, "TEACHER_GATE", 0.6)
-        patch.setattr(train_toy, "pretrain", None)
-        train_toy.main([*flags, f"--base={out / 'base.pt'}"])
-    return out
+        for folder, more in (first, []), (second, [f"--base={first / 'base.pt'}"]):
+            with open(folder / "printed.txt", "w") as out, contextlib.redirect_stdout(out):
+                train_toy.main([*flags, f"--out_dir={folder}", *more])
+    return first, second
 
 
-def test_every_flag_reaches_what_it_names(run, monkeypatch):
+def test_run_from_a_base_equals_the_run_that_made_it(runs):
+    """Both begin anew: nothing of an earlier run stays, and nothing that is half written."""
+    names = "base.pt metrics.jsonl printed.txt results.json samples.jsonl sdft.pt sft.pt".split()
+    assert [sorted(p.name for p in folder.iterdir()) for folder in runs] == [names, names[1:]]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (first, n_damaged), (second, _) = (files.read(folder / name) for folder in runs)
+        assert n_damaged == 0 and second == [r for r in first if r["phase"] != "pretrain"]
+    weights = [torch.load(folder / "sdft.pt") for folder in runs]
+    assert_close(*weights, rtol=0, atol=0)
+
+
+def test_every_flag_reaches_what_it_names(runs, monkeypatch):
     """By direct calls: both arms start from the base and learn skill after skill."""
     torch.manual_seed(7)
     base = GPT(GPTConfig(**SMALL))
@@ -330,77 +295,76 @@ def test_every_flag_reaches_what_it_names(run, monkeypatch):
         teacher = copy.deepcopy(arms["sdft"]).requires_grad_(False)
         list(train_toy.fine_tune(arms["sdft"], teacher, expert, **sdft, **shared))
     for name, model in arms.items():
-        assert_close(torch.load(run / f"{name}.pt"), model.state_dict(), rtol=0, atol=0)
+        assert_close(torch.load(runs[0] / f"{name}.pt"), model.state_dict(), rtol=0, atol=0)
 
 
-def test_tables_measure_test_and_logs_validation_inputs(run):
+def test_tables_measure_test_and_logs_validation_inputs(runs):
     """The students' prompts, without demonstrations; "prior" is the mean over prior skills."""
-    results, n = json.loads((run / "results.json").read_text()), len(toy.PRIOR)
+    results, n = json.loads((runs[0] / "results.json").read_text()), len(toy.PRIOR)
     row = {"X": 1, "Y": 0, "Z": 0, "prior": 2 / n}
-    teacher = pytest.approx(2 / 3)
-    assert results["base"] == {"after": "base"} | row | {"X": 0, "teacher": teacher}
-    log, _ = files.read(run / "metrics.jsonl")
-    for arm in ("sft", "sdft"):
-        assert results[arm] == [{"after": skill} | row for skill in "XYZ"]
-        for skill, accuracy in ("X", 0), ("Y", 0), ("Z", 1):
-            lines = [r for r in log if (r["phase"], r.get("skill")) == (arm, skill)]
-            assert lines and all(m["new"] == accuracy and m["prior"] == 3 / n for m in lines)
-            assert all(("loss" in line) == (line["step"] > 0) for line in lines)
+    base = {"after": "base"} | row | {"X": 0, "teacher": pytest.approx(2 / 3)}
+    assert results["base"] == base and results["config"]["machine"]
+    assert results["sft"] == results["sdft"] == [{"after": skill} | row for skill in "XYZ"]
+    log = [row for row in files.read(runs[0] / "metrics.jsonl")[0] if "skill" in row]
+    assert len(log) == 3 * (FLAGS["sft_steps"] + 1) + 3 * (FLAGS["steps"] + 1)
+    for row in log:
+        assert row["new"] == (row["skill"] == "Z") and row["prior"] == 3 / n
+        assert ("loss" in row) == (row["step"] > 0)
+        # The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher.
+        found = None if row["phase"] == "sft" else row["skill"] in "YZ"
+        assert row.get("teacher_accuracy") == found
+        assert row["rollouts_correct"] == row["never_ended"] == 0
+        first = (row["skill"], row["step"]) == ("X", 0)
+        assert (row["kl_student_base"] == 0) == first
+        told = "the teacher answers 0% right" in " ".join(row["warnings"])
+        assert told == (first and row["phase"] == "sdft")
 
 
-def test_table_and_command_of_the_page_are_printed(run):
+def test_table_and_command_of_the_page_are_printed(runs):
     """The accuracies after X; the closing line makes the page of this very run."""
-    printed = (run / "printed.txt").read_text()
+    printed = (runs[0] / "printed.txt").read_text()
     row = [f"{accuracy:.2f}" for accuracy in (1, 0, 0, 2 / len(toy.PRIOR))]
     assert ["X", *row, *row] in [line.split() for line in printed.splitlines()]
     command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
-    assert command == ["python", "-m", "experiments.page", str(run)]
-    assert "--sft_style=own" in json.loads((run / "results.json").read_text())["command"]
+    assert command == ["python", "-m", "experiments.page", str(runs[0])]
+    assert "--sft_style=own" in json.loads((runs[0] / "results.json").read_text())["command"]
+    assert "warning: the teacher answers 0%" in printed and " s left" in printed
 
 
-def test_samples_show_the_same_prompts_through_training(run):
+def test_samples_show_the_same_prompts_through_training(runs):
     """Before, during and after every skill: three of it, three prior ones, none trained on."""
-    rows, truth, skills = files.read(run / "samples.jsonl")[0], answers_of_seed_7(), {}
-    for row in rows:
-        new = row["prompt"][1] == row["skill"]
+    truth, asked = answers_of_seed_7(), {}
+    for row in files.read(runs[0] / "samples.jsonl")[0]:
         split, right = truth[row["prompt"][:-1]]
-        assert split == "val" and row["expected"] == right and new == (row["kind"] == "new")
+        assert split == "val" and row["expected"] == right
+        assert (row["prompt"][1] == row["skill"]) == (row["kind"] == "new")
         assert row["teacher_prompt"] == f"{row['prompt'][:-1]}!{row['demonstration']}="
         said = "".join(token["text"] for token in row["tokens"])
         assert row["response"] == said and row["correct"] == (said == right)
-        if row["role"] == "student":
-            track = skills.setdefault((row["phase"], row["skill"]), {})
-            track.setdefault(row["step"], []).append(row["prompt"])
-    assert [*skills] == [(arm, skill) for arm in ("sft", "sdft") for skill in "XYZ"]
-    for (arm, _), track in skills.items():
-        assert [*track] == [*range(FLAGS["steps" if arm == "sdft" else "sft_steps"] + 1)]
-        assert all(prompts == track[0] and len({*prompts}) == 6 for prompts in track.values())
-    teacher = [row for row in rows if row["role"] == "teacher"]
-    assert [row["step"] for row in teacher] == [0] * 36  # both arms, three skills
+        look = row["role"], row["phase"], row["skill"], row["step"]
+        asked.setdefault(look, []).append(row["prompt"])
+    for (role, arm, skill, step), prompts in asked.items():
+        assert prompts == asked["student", arm, skill, 0] and len({*prompts}) == 6
+    steps = {"sft": FLAGS["sft_steps"], "sdft": FLAGS["steps"]}
+    looks = [("student", arm, k, i) for arm in steps for k in "XYZ" for i in range(steps[arm] + 1)]
+    looks += [("teacher", arm, k, 0) for arm in steps for k in "XYZ"]
+    assert {*asked} == {*looks}
 
 
-def test_log_tells_teacher_and_student_apart(run):
-    """The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher."""
-    for row in [row for row in files.read(run / "metrics.jsonl")[0] if "skill" in row]:
-        assert row["rollouts_correct"] == row["never_ended"] == 0
-        found = row.get("teacher_accuracy")
-        assert found == (None if row["phase"] == "sft" else float(row["skill"] in "YZ"))
-        told = " ".join(row["warnings"])
-        first = (row["phase"], row["skill"], row["step"]) == ("sdft", "X", 0)
-        assert ("the teacher answers 0% right" in told) == first
-    assert "warning: the teacher answers 0%" in (run / "printed.txt").read_text()
-
-
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 ENDINGS = [
     ("--divergence=backward", "reverse"),
-    ("--ema_alpha=2", "--ema_alpha must lie between 0 and 1"),
-    ("--batch_size=0", "--batch_size must"),
+    ("--ema_alpha=2", "--ema_alpha 0 to 1"),
+    ("--batch_size=0", "--batch_size are at least 1"),
+    ("--seed=-1", "--seed at least 0"),
+    (f"--device={ABSENT}", "--device: invalid choice"),
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
     ("--out_dir=", "--out_dir must name a folder"),
     ("--step=3", "unrecognized arguments: --step"),
+    ("--help", "where to train (default: cpu)"),
     ("--out_dir=LICENSE/x", "Not a directory: 'LICENSE/x'"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),
-    (RuntimeError("no kernel\nat line 3"), "error: no kernel; if --device is not cpu, try that"),
+    (BrokenPipeError(32, "Broken pipe"), "1 "),
     (KeyboardInterrupt(), "interrupted"),
 ]
 
@@ -410,11 +374,14 @@ def test_every_error_ends_in_one_sentence(cause, words, tmp_path, monkeypatch, c
     """A wrong flag or a failing run: what, where, remedy, and no traceback."""
     flag = cause if isinstance(cause, str) else "--seed=1"
     monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "argv", ["train_toy.py", f"--out_dir={tmp_path}", flag])
     (tmp_path / "sdft.pt").write_text("of an earlier run")
     monkeypatch.setattr(toy, "pretraining_batch", mock.Mock(side_effect=cause))
     with pytest.raises(SystemExit) as end:
         runpy.run_path("train_toy.py", run_name="__main__")
-    assert words in f"{end.value.code} {capsys.readouterr().err}"
+    printed, err = capsys.readouterr()
+    said = f"{printed}{end.value.code} {err}".encode("cp1252").decode("cp1252")  # any console
+    assert words in said and "Broken" not in said and not said.rstrip().endswith("None")
     # A wrong flag deletes nothing.
     assert (tmp_path / "sdft.pt").exists() or not isinstance(cause, str)

@@ -1,5 +1,7 @@
 """What a run records: data/watch.py and data/files.py. Oracles: PyTorch's own, and arithmetic."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
@@ -20,24 +22,21 @@ def tiny(seed):
     return model.requires_grad_(False)
 
 
-def respond(model, prompts, temperature):
-    return rollout(model, prompts, 9, EOS, temperature, torch.Generator().manual_seed(0))
+def respond(model, prompts, temperature, n=9):
+    return rollout(model, prompts, n, EOS, temperature, torch.Generator().manual_seed(0))
 
 
-def rows(n=1):
-    out = []
-    for kind, pairs in (("new", NEW * n), ("prior", PRIOR * n)):
-        for student_ids, teacher_ids in pairs:
-            row = dict(kind=kind, prompt="p", teacher_prompt="t", demonstration="d", expected="e")
-            out.append(row | dict(student_ids=student_ids, teacher_ids=teacher_ids))
-    return out
+def rows(times=1):
+    texts = dict(prompt="p", teacher_prompt="t", demonstration="d", expected="e")
+    ids = [("new", pair) for pair in NEW * times] + [("prior", pair) for pair in PRIOR * times]
+    return [texts | dict(kind=k, student_ids=x, teacher_ids=xc) for k, (x, xc) in ids]
 
 
-def look(models, rows, step=0, batch_size=64, **settings):
+def look(models, rows, step=0, n=9, eos=EOS, **settings):
     """A response is correct if it ends: then its text does."""
-    about = dict(phase="sdft", skill=None, step=step, batch_size=batch_size)
     is_correct = lambda response, expected: response.endswith("a") and expected == "e"
-    return watch.look(*models, rows, DECODE, is_correct, 9, EOS, **about | settings)
+    settings |= dict(phase="sdft", skill=None, step=step)
+    return watch.look(*models, rows, DECODE, is_correct, n, eos, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +44,30 @@ def models():
     return tiny(0), tiny(1), tiny(2)
 
 
-def test_metrics_are_those_of_torch_distributions(models):
+@pytest.mark.parametrize("n", [9, 1])
+def test_metrics_are_those_of_torch_distributions(models, n):
     """Means over the tokens of all new responses, scored row by row without any padding."""
     student, teacher, base = models
     expected = {}
     for name, model, place in (("student", student, 0), ("teacher", teacher, 1)):
-        y, mask = respond(model, [pair[place] for pair in NEW], temperature=1 - place)
+        y, mask = respond(model, [pair[place] for pair in NEW], 1 - place, n)
         tokens = []
-        for (x, hint), ids, n in zip(NEW, y, mask.sum(1)):
+        for (x, hint), ids, length in zip(NEW, y, mask.sum(1)):
             context = [(student, x), (teacher, hint), (base, x)]
-            logits = [completion_logits(m, [c], ids[None, :n])[0] for m, c in context]
+            logits = [completion_logits(m, [c], ids[None, :length])[0] for m, c in context]
             p, q, b = (Categorical(logits=logits_of) for logits_of in logits)
-            kl = kl_divergence((p, q)[place], b)
-            tokens.append(torch.stack([kl, p.entropy(), q.entropy()]))
+            tokens.append(torch.stack([kl_divergence((p, q)[place], b), p.entropy(), q.entropy()]))
         kl, *entropies = torch.cat(tokens, 1).mean(1).tolist()
-        ended = [EOS in ids for ids in y.tolist()]
+        ended = (y == EOS).any(1).double().mean().item()
         expected[f"kl_{name}_base"] = kl
         if name == "student":
             expected |= dict(zip(("student_entropy", "teacher_entropy"), entropies))
-            expected |= {"rollouts_correct": sum(ended) / 3, "never_ended": 1 - sum(ended) / 3}
+            expected |= {"rollouts_correct": ended, "never_ended": 1 - ended}
             expected["response_length"] = mask.sum().item() / 3
         else:
-            expected["teacher_accuracy"] = sum(ended) / 3
-    found, _ = look(models, rows()[:3])
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert 0 < found["never_ended"] < 1 and len({*expected.values()}) >= 7
+            expected["teacher_accuracy"] = ended
+    found, _ = look(models, rows()[:3], n=n)
+    assert found == pytest.approx(expected, rel=1e-4) and found["never_ended"] > 0
 
 
 def test_a_look_does_not_depend_on_the_batch(models):
@@ -81,24 +79,14 @@ def test_a_look_does_not_depend_on_the_batch(models):
 
 def test_any_of_several_end_tokens_ends_a_response(models):
     """As the end of a chat's turn beside the end of a text."""
-    assert look(models, rows()[:3])[0]["never_ended"] > 0
-    some = watch.look(
-        *models,
-        rows()[:3],
-        DECODE,
-        lambda *_: True,
-        9,
-        range(8),
-        step=0,
-        rollout=lambda *a: rollout(*a[:3], EOS, *a[4:]),
-    )
-    assert some[0]["never_ended"] == 0
+    at_zero = lambda *a: rollout(*a[:3], EOS, *a[4:])
+    assert look(models, rows()[:3], eos=range(8), rollout=at_zero)[0]["never_ended"] == 0
 
 
 def test_samples_are_few_and_of_both_roles_and_kinds(models):
     """Three of each kind; the teacher's own responses before training only."""
     for step, roles in ((0, ["student"] * 6 + ["teacher"] * 6), (7, ["student"] * 6)):
-        said = look(models, rows(n=4), step)[1]
+        said = look(models, rows(4), step)[1]
         assert [row["role"] for row in said] == roles
         assert [row["kind"] for row in said] == (["new"] * 3 + ["prior"] * 3) * (len(roles) // 6)
         assert all(row["step"] == step and row["phase"] == "sdft" for row in said)
@@ -120,8 +108,10 @@ def test_without_a_teacher_the_base_judges(models):
 def test_what_is_unknown_is_left_out(models):
     """Rows without an expected answer have no accuracy, and samples are neither right nor wrong."""
     found, said = look(models, [row | {"expected": None} for row in rows()])
-    assert "rollouts_correct" not in found and "teacher_accuracy" not in found
-    assert "kl_teacher_base" in found and {row["correct"] for row in said} == {None}
+    assert (
+        not {"rollouts_correct", "teacher_accuracy"} & found.keys() and "kl_teacher_base" in found
+    )
+    assert {row["correct"] for row in said} == {None}
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
@@ -130,58 +120,45 @@ def test_a_token_has_the_numbers_of_the_method(divergence):
     ids, student, teacher = [2, 5, 0], *(3 * torch.randn(2, 3, 8, dtype=torch.float64))
     row = watch.sample_row(ids, student, teacher, DECODE, divergence, step=4)
     assert row["response"] == "cfa" and row["step"] == 4 and row["divergence"] == divergence
-
-    def nats(t, logits):
-        p, q = Categorical(logits=logits), Categorical(logits=teacher[t])
-        m = Categorical(probs=(p.probs + q.probs) / 2)
-        both = (kl_divergence(p, m) + kl_divergence(q, m)) / 2
-        return {"reverse": kl_divergence(p, q), "forward": kl_divergence(q, p), "jsd": both}[
-            divergence
-        ].item()
-
+    p, q = Categorical(logits=student.requires_grad_()), Categorical(logits=teacher)
+    m = Categorical(probs=(p.probs + q.probs) / 2)
+    nats = {"reverse": kl_divergence(p, q), "forward": kl_divergence(q, p)}
+    nats["jsd"] = (kl_divergence(p, m) + kl_divergence(q, m)) / 2
+    (slope,) = torch.autograd.grad(nats[divergence].sum(), student)
+    nats = nats[divergence].detach()
     for t, (i, token) in enumerate(zip(ids, row["tokens"])):
-        p, q, nudge = student[t].softmax(-1), teacher[t].softmax(-1), torch.zeros(8).double()
-        nudge[i] = 1e-5
-        push = (nats(t, student[t] - nudge) - nats(t, student[t] + nudge)) / 2e-5
-        numbers = [p[i], q[i], nats(t, student[t]), (q[i] / p[i]).log(), push]
+        p_t, q_t = p.probs[t].detach(), q.probs[t]
+        numbers = [p_t[i], q_t[i], nats[t], (q_t[i] / p_t[i]).log(), -slope[t, i]]
         names = ("student", "teacher", "divergence", "reward", "push")
         assert [token[n] for n in names] == pytest.approx([*map(float, numbers)], 1e-4, 1e-7)
-        for name, probs in (("student_top", p), ("teacher_top", q)):
+        for name, probs in (("student_top", p_t), ("teacher_top", q_t)):
             likeliest = sorted(range(8), key=lambda i: -probs[i])[:3]
             expected = [[i, "abcdefgh"[i], pytest.approx(float(probs[i]), 1e-4)] for i in likeliest]
             assert token[name] == expected
 
 
-GOOD = dict(teacher_accuracy=0.98, rollouts_correct=0.5, never_ended=0.0, prior=0.9)
-TROUBLES = [
+GOOD = dict(teacher_accuracy=0.98, rollouts_correct=0.5, never_ended=0.0, prior=0.9, skill="X")
+TROUBLES = [  # on the borders of the bounds, too; SFT has no rollouts
     (dict(teacher_accuracy=0.31), 0, "the teacher answers 31% right"),
     (dict(teacher_accuracy=0.77), 60, "fell from 0.98 to 0.77 since X, step 0: it follows"),
+    (dict(teacher_accuracy=0.79), 60, None),
     (dict(rollouts_correct=0.01), 60, "1% of the rollouts are correct after 60 updates, a cold"),
+    (dict(rollouts_correct=0.02), 60, None),
+    (dict(rollouts_correct=0.0), 0, None),
+    (dict(rollouts_correct=0.0, teacher_accuracy=None), 60, None),
     (dict(never_ended=0.25), 0, "25% of the responses never end"),
+    (dict(never_ended=0.2), 0, None),
     (dict(prior=0.75), 60, "prior accuracy fell from 0.90 to 0.75 since X, step 0"),
+    (dict(prior=0.81), 60, None),
 ]
 
 
 @pytest.mark.parametrize("trouble, step, words", TROUBLES)
 def test_each_trouble_has_its_own_sentence(trouble, step, words):
-    """And only that one; a good row has none."""
-    good = GOOD | {"step": 0, "skill": "X"}
-    history = [good] if step else []
-    (sentence,) = watch.warnings([*history, good | {"step": step} | trouble])
-    assert words in sentence
-    assert watch.warnings([good, good | {"step": 60}]) == []
-
-
-@pytest.mark.parametrize(
-    "trouble", [dict(teacher_accuracy=0.79), dict(rollouts_correct=0.02), dict(prior=0.81)]
-)
-def test_within_a_bound_nothing_is_said(trouble):
-    """Nor of what was not measured, nor of a cold start before the first update or without one."""
-    good = GOOD | {"step": 0}
-    assert watch.warnings([good, good | {"step": 1} | trouble]) == []
-    assert watch.warnings([{"step": 5}, {"step": 6, "never_ended": 0.2}]) == []
-    assert watch.warnings([good | {"rollouts_correct": 0}]) == []
-    assert watch.warnings([{"step": 5, "rollouts_correct": 0}]) == []  # SFT
+    """And only that one; what is within its bound, or was not measured, has none."""
+    row = {k: v for k, v in (GOOD | {"step": step} | trouble).items() if v is not None}
+    told = watch.warnings([GOOD | {"step": 0}, row] if step else [row])
+    assert len(told) == (words is not None) and (words or "") in "".join(told)
 
 
 def test_a_warning_comes_when_a_trouble_begins():
@@ -204,11 +181,18 @@ def test_lines_are_read_as_written(tmp_path):
     assert files.read(tmp_path / "s.jsonl") == (rows[:2], 2)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("odd")])
+FULL, OF_TORCH = OSError(28, "No space left on device"), RuntimeError("unexpected pos")
+OF_TORCH.__context__ = FULL
+
+
+@pytest.mark.parametrize("error", [FULL, OF_TORCH, RuntimeError("odd")])
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
-    """What fails leaves the old file and nothing beside it, and is one sentence."""
-    path = tmp_path / "results.json"
-    files.write_whole(path, lambda tmp: tmp.write_text("old"))
+    """On the disk before it has its name; what fails leaves the old file, and is one sentence."""
+    path, called = tmp_path / "results.json", mock.Mock()
+    with mock.patch("os.fsync", called.fsync), mock.patch("os.replace", called.replace):
+        files.write_whole(path, lambda tmp: tmp.write_text("new"))
+    assert [name for name, *_ in called.mock_calls] == ["fsync", "replace"]
+    path.write_text("old")
 
     def fails(tmp):
         tmp.write_text("ne")
@@ -217,3 +201,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     with pytest.raises(OSError, match="cannot write .*(No space left|odd).*; free some space"):
         files.write_whole(path, fails)
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
+
+
+def test_progress_tells_the_mean_since_the_row_before():
+    """And at the last step; the seconds are those of the updates alone."""
+    rows = [*files.progress(enumerate([4.0, 2.0, 7.0, 1.0, 6.0], 1), steps=5, n_rows=2)]
+    assert [(row["step"], row["loss"]) for row, _ in rows] == [(2, 3.0), (4, 4.0), (5, 6.0)]
+    assert 0 < rows[0][1] <= rows[1][1] <= rows[2][1]
+
+
+def test_log_prints_the_row_the_time_left_and_the_warnings(tmp_path, capsys):
+    """And a run that can be resumed is not logged over."""
+    row = dict(phase="sdft", skill="X", step=2, loss=1.5, new=0.5, prior=1.0, warnings=["trouble"])
+    files.log(tmp_path, row, steps=6, seconds=3.0)
+    line = "sdft     X     2/6  loss  1.500  new 0.50  prior 1.00    6 s left\n"
+    assert capsys.readouterr().out == line + "sdft     X     2  warning: trouble\n"
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="a folder of its own"):
+        files.begin_anew(tmp_path, [])
+    assert files.read(tmp_path / "metrics.jsonl") == ([row], 0)

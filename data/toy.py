@@ -118,7 +118,6 @@ def is_correct(completions, answers):
 
 
 def is_correct_text(completion, answer):
-    """`is_correct` of one completion and one answer, as text."""
     return bool(is_correct(np.array([encode(completion)]), np.array([encode(answer)]))[0])
 
 
@@ -179,14 +178,13 @@ def skills(split, seed, n_new, n_prior):
 
 
 def rows_to_watch(sets, n_new):
-    """The first rows of {name: data} as data/watch.py takes them: n_new of a new skill, else 1."""
+    """The first rows of {name: data} as data/watch.py takes them: n_new, or 1 of a prior skill."""
     texts = {"prompt": "prompts", "teacher_prompt": "teacher_prompts"}
-    texts |= {"demonstration": "demonstrations", "expected": "answers"}
-    rows = []
+    texts, rows = texts | {"demonstration": "demonstrations", "expected": "answers"}, []
     for name, data in sets.items():
-        for i in range(n_new if name in NEW else 1):
+        for i in range(1 if name in PRIOR else n_new):
             row = {field: decode(data[key][i]) for field, key in texts.items()}
-            row["kind"] = "new" if name in NEW else "prior"
+            row["kind"] = "prior" if name in PRIOR else "new"
             row |= {"student_ids": data["prompts"][i], "teacher_ids": data["teacher_prompts"][i]}
             rows.append(row)
     return rows

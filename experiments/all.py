@@ -13,7 +13,7 @@ from experiments.forgetting_law import FORGETTING_LAW
 from experiments.kl import ESTIMATORS, KL
 from experiments.knowledge import CONTEXT, KNOWLEDGE
 from experiments.on_policy import CONTROLS, ON_POLICY
-from experiments.pareto import PARETO
+from experiments.pareto import PARETO, ROTATED
 from experiments.pass_at_k import PASS_AT_K
 from experiments.real_controls import REAL_CONTROLS, REAL_GRID
 from experiments.real_model import REAL_MODEL
@@ -21,7 +21,17 @@ from experiments.search import SEARCH, SEARCH_RATES
 from experiments.sequential import MANY_STAGES, SEQUENTIAL, TOY
 from experiments.teacher import TEACHER, TEACHER_WEIGHTS
 
-EXPERIMENTS = [TOY, TEACHER, PARETO, SEQUENTIAL, DEMONSTRATIONS, KNOWLEDGE, CONTEXT, REASONING]
+EXPERIMENTS = [
+    TOY,
+    TEACHER,
+    PARETO,
+    ROTATED,
+    SEQUENTIAL,
+    DEMONSTRATIONS,
+    KNOWLEDGE,
+    CONTEXT,
+    REASONING,
+]
 EXPERIMENTS += [CONTROLS, COLD_START, ON_POLICY, KL, ESTIMATORS, TEACHER_WEIGHTS, MANY_STAGES]
 EXPERIMENTS += [MISMATCH, SCALING, PASS_AT_K, SEARCH_RATES, SEARCH]
 REPORTED = [*EXPERIMENTS, FORGETTING_LAW, REAL_GRID, REAL_MODEL, REAL_CONTROLS]

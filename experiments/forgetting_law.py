@@ -40,7 +40,7 @@ def points(results):
     for name in SOURCES:
         for row in results[name]["rows"]:
             method, metrics = METHODS.get(row.get("family"), "SDFT"), row["metrics"]
-            if row["arm"] == "base" or "rotate" in row:  # of another skill
+            if row["arm"] == "base":
                 continue
             for before, prior, *kls in zip(start, metrics["prior"], *(metrics[k] for k in KLS)):
                 yield method, before - prior, *kls

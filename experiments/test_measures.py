@@ -259,7 +259,7 @@ def test_collapsed_is_below_half_of_the_base():
         (on_policy.ON_POLICY, "5 digits, offline", 6e-5, ("X", "expert", 5, 10)),
         (on_policy.ON_POLICY, "3 digits, sft, offline", 2e-4, ("X", "expert", 3, 10)),
         (demonstrations.REASONING, "sdft", 2e-4, ("X", "short", 5, 10)),
-        (pareto.PARETO, "another table, sdft", None, ("Y", "expert", 3, 10)),
+        (pareto.ROTATED, "sdft", None, ("Y", "expert", 3, 10)),
         (teacher.TEACHER, "sft, own style", None, ("X", "own", 3, 10)),
         (bases.SCALING, "2 x 32, sdft", 6e-5, ("X", "expert", 3, 10)),
         (pass_at_k.PASS_AT_K, "sdft, forward KL", None, ("X", "expert", 3, 10)),
