@@ -20,8 +20,6 @@ from data import files, watch
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 FILES = ("results.json", "metrics.jsonl", "samples.jsonl")
-MAX_RESPONSES = 12  # of an arm to a prompt, as page.html says
-MAX_POINTS = 100  # of a curve
 PANELS = (  # title, metrics, top of the scale if it is a share, what it says
     ("Loss", ["loss"], None, "Nats per token. Arms train on different losses."),
     ("New task", ["new"], 1, "Share of correct answers on what is being learned."),
@@ -59,27 +57,26 @@ def read_runs(folders):
     """
     results, rows, notes = {}, {"metrics.jsonl": [], "samples.jsonl": []}, []
     for folder in folders:
-        there = [name for name in FILES if (folder / name).is_file()]
-        if not there:
+        if not any((folder / name).is_file() for name in FILES):
             names = ", ".join(FILES)
             raise ValueError(f"{folder} holds no run (none of {names}); name a run's --out_dir")
-        notes += [f"{folder} has no {name} yet." for name in FILES if name not in there]
-        results[str(folder)] = {}
-        if "results.json" in there:
-            try:
-                text = (folder / "results.json").read_text(encoding="utf-8")
-                results[str(folder)] = dict(json.loads(text))
-            except (ValueError, TypeError):
-                notes.append(f"{folder / 'results.json'} is damaged: there are no settings.")
-        run = f", {folder}" if len(folders) > 1 else ""
-        for name in [name for name in there if name in rows]:
-            found, n_damaged = files.read(folder / name)
-            if n_damaged:
-                notes.append(f"{folder / name} has damaged lines, which are left out: {n_damaged}.")
-            for row in found:
-                arm = {"sft": "SFT", "sdft": "SDFT"}.get(row["phase"], row["phase"])
-                rows[name].append(row | {"arm": arm + run, "run": run})
-    return results, rows["metrics.jsonl"], rows["samples.jsonl"], notes
+        results[str(folder)], run = {}, f", {folder}" if len(folders) > 1 else ""
+        for path in (folder / name for name in FILES):
+            if not path.is_file():
+                notes.append(f"{folder} has no {path.name} yet.")
+            elif path.name == "results.json":
+                try:
+                    results[str(folder)] = dict(json.loads(path.read_text(encoding="utf-8")))
+                except (ValueError, TypeError):
+                    notes.append(f"{path} is damaged: there are no settings.")
+            else:
+                found, n_damaged = files.read(path)
+                if n_damaged:
+                    notes.append(f"{path} has damaged lines, which are left out: {n_damaged}.")
+                for row in found:
+                    arm = {"sft": "SFT", "sdft": "SDFT"}.get(row["phase"], row["phase"])
+                    rows[path.name].append(row | {"arm": arm + run, "run": run})
+    return results, *rows.values(), notes
 
 
 def when(row):
@@ -121,13 +118,13 @@ def table(head, rows):
 def render(results, metrics, samples, notes):
     """The page of all runs."""
     prompts = by_prompt(samples)
-    tracks = [
-        {arm: thinned(rows, MAX_RESPONSES) for arm, rows in arms.items()} for arms, _ in prompts
-    ]
+    tracks = [{arm: thinned(rows, 12) for arm, rows in arms.items()} for arms, _ in prompts]
+    warned = [(row, sentence) for row in metrics for sentence in row.get("warnings") or []]
+    warned = [el("li", f"{row['arm']}, {when(row)}: {sentence}") for row, sentence in warned]
     # No part has a "<" of a run's text, so that none ends its element or holds another's mark.
     parts = {
         "title": html.escape(", ".join(results)),
-        "warnings": el("ul", *[el("li", text) for text in warnings(metrics)], class_="warn"),
+        "warnings": el("ul", *warned, class_="warn"),
         "notes": el("ul", *[el("li", note) for note in notes]),
         "curves": curves(by_arm(metrics)),
         "sides": side_by_side([sides for _, sides in prompts]),
@@ -140,26 +137,21 @@ def render(results, metrics, samples, notes):
     return page
 
 
-def warnings(metrics):
-    found = [(row, sentence) for row in metrics for sentence in row.get("warnings") or []]
-    return [f"{row['arm']}, {when(row)}: {sentence}" for row, sentence in found]
-
-
 def by_prompt(samples):
     """[({arm: rows}, {"base", arm or "teacher": the row side by side})], one of each prompt."""
     prompts, first_skill = {}, {}
     for row in samples:
+        arm, run, skill = row["arm"], row["run"], row.get("skill")
         key = row["kind"], row["prompt"], row["expected"]
         arms, sides = prompts.setdefault(key, ({}, {}))
         if row["role"] == "teacher":
-            sides.setdefault("teacher" + row["run"], row)
+            sides.setdefault("teacher" + run, row)
             continue
         # The model before training is an arm's student at step 0 of what it learns first.
-        skill = row.get("skill")
-        if row["step"] == 0 and first_skill.setdefault(row["arm"], skill) == skill:
-            sides.setdefault("base" + row["run"], row)
-        arms.setdefault(row["arm"], []).append(row)
-        sides[row["arm"]] = row
+        if row["step"] == 0 and first_skill.setdefault(arm, skill) == skill:
+            sides.setdefault("base" + run, row)
+        arms.setdefault(arm, []).append(row)
+        sides[arm] = row
     return [*prompts.values()]
 
 
@@ -263,7 +255,7 @@ def curve(rows, metric, top):
     """The line of an arm, and its points, each with a tip."""
     width = 290 / (rows[-1]["updates"] or 1)
     fall = forgetting(rows) if metric == "prior" else None
-    found = thinned([row for row in rows if is_number(row.get(metric))], MAX_POINTS)
+    found = thinned([row for row in rows if is_number(row.get(metric))], 100)
     places = [(40 + width * row["updates"], 160 - 140 * row[metric] / top) for row in found]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     yield el("polyline", points=path, stroke_dasharray="5 3" if "teacher" in metric else "none")

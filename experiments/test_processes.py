@@ -39,8 +39,7 @@ def wait_for_ever(path):
 
 def start_two(folder):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as runner.py does
-    tasks = [(wait_for_ever, folder / name) for name in "01"]
-    [*processes.in_processes(tasks, 2, prepare)]
+    [*processes.in_processes([(wait_for_ever, folder / name) for name in "01"], 2, prepare)]
 
 
 def wait_until(is_true):

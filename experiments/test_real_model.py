@@ -1,6 +1,8 @@
 """What experiments/hf_loop.py and real_model.py guarantee, on tiny random models."""
 
 import copy
+import io
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -11,25 +13,24 @@ import pytest
 import torch
 
 from data import files
-from experiments import common, hf_loop, instructions, real_controls, real_model, runner
+from experiments import common, hf_loop, instructions, page, real_controls, real_model, runner
 from experiments.real_model import Training
-from sdft import sdft_loss
+from sdft import sdft_loss, sft_loss
 
 LENGTH = "max_position_embeddings"
 TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
+HINTED = [text + " A hint." for text in TEXTS]
 RESULTS = Path(real_model.__file__).parent / "results"
 
 
 @pytest.fixture(autouse=True)
-def short_answers(monkeypatch):
+def short_answers(monkeypatch, tmp_path):
     """Options as the command line sets them; no more tokens than a test needs."""
-    before = vars(common.options).copy()
-    vars(common.options).update(dtype="float32", model=None, device="cpu", quick=False)
+    flags = dict(dtype="float32", model=None, device="cpu", quick=False, out_dir=tmp_path)
+    for name, value in flags.items():
+        monkeypatch.setattr(common.options, name, value, raising=False)
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
-    yield
-    vars(common.options).clear()
-    vars(common.options).update(before)
 
 
 def save_tiny(kind, path):
@@ -80,9 +81,8 @@ def chats(tokenizer, texts):
 def test_rows_do_not_depend_on_each_other(tiny):
     """Logits and greedy responses of a ragged batch are those of each row alone."""
     model, tokenizer = tiny
-    eos, prompts = tokenizer.eos_token_id, chats(tokenizer, TEXTS)
-    assert len({len(p) for p in prompts}) == 3
-    y, mask = hf_loop.rollout(model, prompts, 12, eos, temperature=0)
+    prompts = chats(tokenizer, TEXTS)
+    y, mask = hf_loop.rollout(model, prompts, 12, tokenizer.eos_token_id, temperature=0)
     with torch.no_grad():
         logits = hf_loop.completion_logits(model, prompts, y)  # (B, C, V)
         for i, prompt in enumerate(prompts):
@@ -134,24 +134,29 @@ def test_a_chat_has_turns_and_arguments(tiny):
     assert tokenizer.decode(hf_loop.chat(tokenizer, "?")) == "<user>?</s><assistant>"
 
 
+def steps(student, teacher, tokenizer, n=3, lr=1e-3, **settings):
+    """n steps of SDFT; the losses."""
+    x, xc = chats(tokenizer, TEXTS), chats(tokenizer, HINTED)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    torch.manual_seed(0)
+    args = student, teacher, optimizer, x, xc, tokenizer.eos_token_id, 4
+    return [hf_loop.sdft_step(*args, **settings) for _ in range(n)]
+
+
 @either
 def test_a_step_is_algorithm_1(tiny):
     """Loss and weights of a step by hand: rollout, both roles' logits, loss, AdamW, EMA."""
     base, tokenizer = tiny
-    eos, prompts = tokenizer.eos_token_id, chats(tokenizer, TEXTS)
-    hints = chats(tokenizer, [text + " A hint." for text in TEXTS])
     student, teacher, by_hand = (copy.deepcopy(base) for _ in range(3))
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-2, weight_decay=0.0)
-    torch.manual_seed(0)
     settings = dict(divergence="reverse", alpha=0.1, temperature=0.7, skip_tokens=1)
-    loss = hf_loop.sdft_step(student, teacher, optimizer, prompts, hints, eos, 8, **settings)
+    [loss] = steps(student, teacher, tokenizer, 1, 1e-2, **settings)
     torch.manual_seed(0)
-    y, mask = hf_loop.rollout(base, prompts, 8, eos, 0.7)
+    x, xc = chats(tokenizer, TEXTS), chats(tokenizer, HINTED)
+    y, mask = hf_loop.rollout(base, x, 4, tokenizer.eos_token_id, 0.7)
     mask[:, 0] = False
-    logits = hf_loop.completion_logits(by_hand, prompts, y)
-    with torch.no_grad():
-        targets = hf_loop.completion_logits(base, hints, y)
-    wanted, _ = sdft_loss(logits, targets, mask, "reverse")
+    targets = hf_loop.completion_logits(base, xc, y).detach()
+    wanted, _ = sdft_loss(hf_loop.completion_logits(by_hand, x, y), targets, mask, "reverse")
     wanted.backward()
     torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
     torch.optim.AdamW(by_hand.parameters(), 1e-2, weight_decay=0.0).step()
@@ -160,15 +165,6 @@ def test_a_step_is_algorithm_1(tiny):
     for ours, followed, theirs, start in zip(*models, strict=True):
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(followed, 0.1 * theirs + 0.9 * start)
-
-
-def steps(student, teacher, tokenizer, n=3, **settings):
-    """n steps of SDFT; the losses."""
-    x, xc = chats(tokenizer, TEXTS), chats(tokenizer, [text + " A hint." for text in TEXTS])
-    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), 1e-3)
-    torch.manual_seed(0)
-    args = student, teacher, optimizer, x, xc, tokenizer.eos_token_id
-    return [hf_loop.sdft_step(*args, max_new_tokens=4, **settings) for _ in range(n)]
 
 
 def test_autocast_around_the_loop_loses_nothing(tiny, monkeypatch):
@@ -199,8 +195,7 @@ def test_a_peft_student_is_its_own_teacher(tiny):
     """Without the adapter, which alone is trained, and as a copy of the base would be."""
     peft = pytest.importorskip("peft")
     base, tokenizer = tiny
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
-    found = []
+    config, found = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4), []
     for teacher in (None, copy.deepcopy(base)):
         torch.manual_seed(0)
         student = peft.get_peft_model(copy.deepcopy(base), config).eval()
@@ -222,6 +217,7 @@ REFUSED = {
 }
 
 
+@either
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
     """With a sentence, before anything moves."""
@@ -241,10 +237,12 @@ def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
 
 def test_facts_hold_their_answers_but_no_question_does():
     """And no question is in two sets: trained on as another prompt, or used to choose the rates."""
-    names = ["facts", "facts_val", "prior", "prior_val", "other", "tools", "tools_test"]
-    rows = [r for name in names for r in real_model.load_rows(name)]
-    asked = [r["prompt"] for r in rows]
-    for fact in (r for r in rows if "paraphrases" in r):
+    names = "prior prior_val prior_more facts facts_val other tools tools_test instructions"
+    sets = [real_model.load_rows(name) for name in names.split()]
+    asked = [row["prompt"] for rows in sets for row in rows]
+    prior = [row for rows in sets[:3] for row in rows]
+    assert not [row for row in prior if real_model.is_correct(row["prompt"], row["answer"])]
+    for fact in sets[3] + sets[4]:
         of_fact = [*fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
         asked += of_fact
         assert real_model.is_correct(fact["demonstration"], fact["answer"])
@@ -252,13 +250,25 @@ def test_facts_hold_their_answers_but_no_question_does():
             answer = (fact["ood"] if question == of_fact[-1] else fact)["answer"]
             assert real_model.is_correct(fact["article"], answer)
             assert not real_model.is_correct(question, answer)
-    assert len(asked) == len(set(asked)) > 400
+    assert len(asked) == len(set(asked)) > 900
+
+
+CALL = 'weather("Oslo")'
+
+
+@pytest.mark.parametrize(
+    "response, wanted, right",
+    [("It has 8.", "eight|8", True), ("It has 18.", "eight|8", False), ("Eight", "eight|8", True)]
+    + [(f" {CALL}\n", CALL, True), (f"Call {CALL}", CALL, False), ("weather(Oslo)", CALL, False)],
+)
+def test_an_answer_is_one_of_several_and_a_call_is_exact(response, wanted, right):
+    assert real_model.is_correct(response, wanted) == right
 
 
 def test_the_settings_are_those_that_the_grid_chose():
     """Most prior questions among those with nine tenths of the facts, or else most facts."""
     best = {}
-    for row in json.loads((RESULTS / "real_grid.json").read_text())["rows"]:
+    for row in json.loads((RESULTS / "real_grid.json").read_text(encoding="utf-8"))["rows"]:
         [new], [prior] = row["metrics"]["new"], row["metrics"]["prior"]
         score = new >= 0.9, prior if new >= 0.9 else new
         if row["family"] not in best or score > best[row["family"]][0]:
@@ -266,9 +276,31 @@ def test_the_settings_are_those_that_the_grid_chose():
     families = {name: fields for name, (fields, _) in real_controls.FAMILIES.items()}
     families["sft + KL"] = real_controls.SFT_KL
     assert best.keys() == families.keys()
-    assert all(arm["split"] == "_val" for arm in real_controls.REAL_GRID.arms)
     for family, fields in families.items():
         assert fields.items() <= best[family][1].items(), family
+    for experiment in (real_controls.REAL_GRID, real_controls.TWO_BY_TWO_RATES):
+        assert all(arm["split"] == "_val" for arm in experiment.arms)
+
+
+def test_two_by_two_crosses_who_samples_with_the_teacher(folders, monkeypatch):
+    """Else all is the same. Asked is a half of the prior questions, of those that the base knows."""
+    arms = real_controls.TWO_BY_TWO.arms
+    assert len({(row["lr"], row["steps"], row["many"], "then" in row) for row in arms}) == 1
+    crossed = [(row["method"], row.get("alpha", 0) > 0) for row in arms[2:]]
+    assert crossed == [*itertools.product(("offline", "sdft"), (False, True))]
+    load_rows, tiny = real_model.load_rows, str(folders["llama"])
+    rows = [row for name in ("", "_val", "_more") for row in load_rows(f"prior{name}")[:8]]
+    monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:8])
+    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: "a" in wanted)
+    monkeypatch.setattr(real_model, "scores", lambda model, tokenizer, asked, role: (asked, {}))
+    monkeypatch.setattr(instructions, "load", list)
+    monkeypatch.setattr(common.options, "model", tiny)
+    for split, half in (("", rows[::2]), ("_val", rows[1::2])):
+        asked = real_model.measure(0, "a", many=True, split=split)
+        known = [row["prompt"] for row in half if "a" in row["answer"]]
+        assert [row["prompt"] for row in asked["prior"]] == known
+        assert asked["prior questions"] == len(known) > 2
+        assert asked["new"][0]["prompt"] == load_rows("facts" + split)[0]["prompt"]
 
 
 @pytest.mark.parametrize("missing", ["transformers", "GPU"])
@@ -284,24 +316,39 @@ def test_what_is_missing_is_named(missing, monkeypatch):
         real_model.load.__wrapped__(None)
 
 
+@pytest.mark.parametrize("module", [real_model, real_controls, page])
+def test_help_prints_on_a_console_of_cp1252(module, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    with pytest.raises(SystemExit, match="0"):
+        if module is page:
+            page.main(["--help"])
+        runner.main(module.__doc__, real_model.REAL_MODEL, argv=["--help"])
+
+
 # --- Training ------------------------------------------------------------------------------------
 
 
+def first_facts(tokenizer, n, reads="article"):
+    return real_model.questions(tokenizer, real_model.load_rows("facts")[:n], [], reads=reads)
+
+
 def test_what_both_roles_read(tiny):
-    """The student the question alone, the teacher what is named, also for a paraphrase."""
-    model, tokenizer = tiny
+    """The student the question alone, the teacher what is named, however the fact is asked for."""
+    _, tokenizer = tiny
     [fact] = real_model.load_rows("facts")[:1]
+    texts = [fact["prompt"], *fact["paraphrases"], fact["indirect"], fact["ood"]["prompt"]]
     for reads in ("article", "article and demonstration", "demonstration", "paper"):
-        training = Training("sdft", 1e-3, 1, n_other=0, teacher_reads=reads, paraphrased=True)
-        prompts, hints, _ = real_model.examples(model, tokenizer, [fact], training)
-        questions = [fact["prompt"], fact["paraphrases"][0]]
-        for question, *ids in zip(questions, prompts, hints, strict=True):
-            student, teacher = map(tokenizer.decode, ids)
-            assert ids[0] == hf_loop.chat(tokenizer, question) and question in teacher
+        rows = itertools.chain(*first_facts(tokenizer, 1, reads).values())
+        for text, row in zip(texts, rows, strict=True):
+            student, teacher = (tokenizer.decode(row[f"{k}_ids"]) for k in ("student", "teacher"))
+            assert student == f"<user>{text}</s><assistant>"
+            assert text in row["teacher_prompt"] and text in teacher
+            # The builder of the lighthouse stands in the article too, without a full stop.
             for what in ("article", "demonstration"):
-                # The builder of the lighthouse stands in the article too, without a full stop.
-                assert fact[what] not in student
                 assert (fact[what] in teacher) == (what in reads or reads == "paper")
+            assert row["demonstration"] == fact[reads if reads == "article" else "demonstration"]
+            answer = (fact["ood"] if text == texts[-1] else fact)["answer"]
+            assert row["expected"] == answer
 
 
 def learn(student, teacher, tokenizer, rows, training):
@@ -321,7 +368,7 @@ def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
 
     monkeypatch.setattr(real_model, "sdft_step", step)
     asked = dict(divergence="jsd", alpha=0.1, temperature=0.7, skip_tokens=3)
-    facts = real_model.load_rows("facts")
+    facts = first_facts(tokenizer, 24)["new"]
     learn(model, model, tokenizer, facts, Training("sdft", 1.0, 40, **asked))
     warmup, decay = np.arange(1, 10) / 10, np.arange(10, 0, -1) / 10
     np.testing.assert_allclose(rates, [*warmup, *np.ones(21), *decay])
@@ -329,21 +376,24 @@ def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
     assert all(len({*epoch}) == 24 for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_offline_is_sdfts_loss_on_the_teachers_responses(tiny):
-    """One update by hand, with the embeddings fixed and an average as the teacher."""
+@pytest.mark.parametrize("method", ["own", "offline"])
+def test_an_update_on_what_the_teacher_said(method, tiny):
+    """By hand: a response to question and article, the method's loss on it, embeddings that stay,
+    and an average as the teacher.
+    """
     base, tokenizer = tiny
     student, teacher = copy.deepcopy(base), copy.deepcopy(base)
-    facts = real_model.load_rows("facts")[:1]
-    training = Training("offline", 1e-2, 1, n_other=0, batch_size=1, alpha=0.25)
-    [loss] = learn(student, teacher, tokenizer, facts, training)
+    rows, losses = first_facts(tokenizer, 1)["new"], []
+    training = Training(method, 1e-2, 1, n_other=0, batch_size=1, alpha=0.25)
+    [loss] = learn(student, teacher, tokenizer, rows, training)
+    roles = [rows[0]["student_ids"]], [rows[0]["teacher_ids"]]
     torch.manual_seed(0)
-    x, xc, [given] = real_model.examples(base, tokenizer, facts, training)
-    masks = [torch.ones_like(y)[None] for y in given]
-    losses = [
-        hf_loop.distill_loss(base, base, x, xc, y[None], mask, "forward")[0].item()
-        for y, mask in zip(given, masks)
-    ]
-    assert len(losses) == real_model.N_OWN and min(abs(loss - each) for each in losses) < 1e-6
+    for _ in range(real_model.N_OWN):
+        y, mask = hf_loop.rollout(base, roles[1], real_model.MAX_NEW_TRAINED, 1, 0.5)
+        logits, targets = (hf_loop.completion_logits(base, prompts, y) for prompts in roles)
+        sft, sdft = sft_loss(logits, y, mask), sdft_loss(logits, targets, mask, "forward")[0]
+        losses.append((sft if method == "own" else sdft).item())
+    assert min(abs(loss - each) for each in losses) < 1e-6
     for s, t, before in zip(*(m.parameters() for m in (student, teacher, base)), strict=True):
         torch.testing.assert_close(t, 0.25 * s + 0.75 * before)
     assert torch.equal(*(m.get_input_embeddings().weight for m in (student, base)))
@@ -352,18 +402,17 @@ def test_offline_is_sdfts_loss_on_the_teachers_responses(tiny):
 def test_sft_learns_answers_by_heart(tiny):
     """The expert's answer word for word, with its end; with a penalty less is learned."""
     base, tokenizer = tiny
-    facts, distances = real_model.load_rows("facts")[:2], []
-    asked = real_model.questions(facts, [])["new"]
+    rows, distances = first_facts(tokenizer, 2, "demonstration")["new"], []
     for weight, n_steps in ((100.0, 20), (0.0, 40)):
         student = copy.deepcopy(base)
         training = Training("expert", 2e-2, n_steps, n_other=0, batch_size=2, kl_weight=weight)
-        learn(student, base, tokenizer, facts, training)
-        distances.append(real_model.kl_to_base(base, student, tokenizer, asked))
+        learn(student, base, tokenizer, rows, training)
+        distances.append(real_model.kl_to_base(base, student, tokenizer, rows))
     assert distances[0] < 0.5 * distances[1]
-    rows = real_model.answers(student, tokenizer, asked, most=32)
-    assert [row["answer"] for row in rows] == [f["demonstration"] for f in facts]
-    assert all(row["right"] and row["ended"] for row in rows)
-    [cut] = real_model.answers(student, tokenizer, asked[:1], most=2)
+    found = real_model.answers(student, tokenizer, rows, most=32)
+    assert [answer["answer"] for answer in found] == [row["demonstration"] for row in rows]
+    assert all(answer["right"] and answer["ended"] for answer in found)
+    [cut] = real_model.answers(student, tokenizer, rows[:1], most=2)
     assert not cut["right"] and not cut["ended"]
 
 
@@ -376,21 +425,21 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
     monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:2])
     monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
     monkeypatch.setattr(real_model, "THEN_STEPS", 1)
-    monkeypatch.setattr(instructions, "prompts", lambda seed, n: [{"prompt": "Describe a cat."}])
+    monkeypatch.setattr(instructions, "load", lambda: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    arms = [arm | (dict(steps=2) if "steps" in arm else {}) for arm in real_model.ARMS]
+    arms = [row | (dict(steps=2) if "steps" in row else {}) for row in real_model.REAL_MODEL.arms]
     flags = ["--out_dir", str(tmp_path), "--model", str(folders["llama"]), "--dtype", "float32"]
     runner.main("", replace(real_model.REAL_MODEL, arms=arms), argv=flags)
-    rows = json.loads((tmp_path / "real_model.json").read_text())["rows"]
+    read = lambda path: json.loads((tmp_path / path).read_text(encoding="utf-8"))
+    rows = read("real_model.json")["rows"]
     assert [row["arm"] for row in rows] == ["base", "oracle", "sft", "sft on own", "sdft"]
     for row in rows:
         metrics, trained, name = row["metrics"], "steps" in row, f"{row['arm']}, seed 0"
-        assert {*real_model.COLUMNS} - {"prior at .90"} <= {*metrics}
+        assert {*real_model.REAL_MODEL.columns} - {"prior at .90"} <= {*metrics}
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
-        assert metrics["new"] == [1.0] and metrics.get("then tools", [0.0]) == [0.0]  # exact
         assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
-        answers = json.loads((tmp_path / "real_model_answers" / f"{name}.json").read_text())
+        answers = read(f"real_model_answers/{name}.json")
         assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
         assert ("then tools" in answers) == ("then tools" in metrics) == trained
         assert ("prior at .90" in metrics) == trained == ("sampled at 0.5" not in metrics)
@@ -405,17 +454,26 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
 
 
-def test_looks_leave_the_training_as_it_is(tiny, tmp_path, monkeypatch):
+def test_looks_leave_the_training_as_it_is(tiny, monkeypatch):
     """They sample too, but not from the stream that training draws from; the base stays too."""
-    monkeypatch.setattr(real_model, "MATCHED", 0.0)
     base, tokenizer = tiny
-    facts, prior = real_model.load_rows("facts")[:2], real_model.load_rows("prior")[:2]
     training = Training("sdft", 1e-2, 9, n_other=0, batch_size=2, alpha=0.25)
+    facts, prior = (real_model.load_rows(name)[:2] for name in ("facts", "prior"))
+    asked = real_model.questions(tokenizer, facts, prior, reads="article")
     alone, looked, start = (copy.deepcopy(base) for _ in range(3))
-    learn(alone, copy.deepcopy(base), tokenizer, facts, training)
-    common.options.out_dir = tmp_path
-    asked = real_model.questions(facts, prior)
-    found = real_model.train(looked, base, tokenizer, facts, asked, 0, "a", training)
+    learn(alone, copy.deepcopy(base), tokenizer, asked["new"], training)
+    running = tokenizer, asked["new"], asked, 0, "a"
+    real_model.train(looked, base, *running, training)
     for model, same in ((looked, alone), (base, start)):
         torch.testing.assert_close(model.state_dict(), same.state_dict(), rtol=0, atol=0)
-    assert found["updates to .90"] == 8 and 0 <= found["prior at .90"] <= 1
+    # "prior at .90" is measured as soon as nine tenths of the facts are known.
+    known = iter([0.0, 0.85, 0.9, 1.0])
+
+    def accuracy(model, tokenizer, rows, role=None):
+        return 0.5 if role == "teacher_ids" else next(known) if rows is asked["new"] else 0.7
+
+    monkeypatch.setattr(real_model, "learn", lambda *args: iter([1.0] * 24))
+    monkeypatch.setattr(real_model, "accuracy", accuracy)
+    found = real_model.train(looked, base, *running, replace(training, steps=24))
+    teachers = {f"teacher at {step}": 0.5 for step in (8, 16, 24)}
+    assert found == teachers | {"updates to .90": 16, "prior at .90": 0.7}
