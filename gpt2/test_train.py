@@ -15,8 +15,22 @@ import torch
 from data import files, watch
 from gpt2 import bench, checkpoint, evaluate, fast, train
 from gpt2.checkpoint import load_model, load_run, run_checkpoints
-from gpt2.conftest import EOS, ROOT, Killed, error_of, flags, lines, metrics, read, resume, same
-from gpt2.conftest import small_gpt, weights, write_rows, write_vocabulary
+from gpt2.conftest import (
+    EOS,
+    ROOT,
+    Killed,
+    error_of,
+    flags,
+    lines,
+    metrics,
+    read,
+    resume,
+    same,
+    small_gpt,
+    weights,
+    write_rows,
+    write_vocabulary,
+)
 from gpt2.data import TEMPLATES, RowReader, minibatch
 from gpt2.tokenizer import load_tokenizer
 

@@ -34,7 +34,6 @@ from gpt2.data import TEMPLATES, RowReader, minibatch, read_template
 from gpt2.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
 
-
 # --- Flags ----------------------------------------------------------------------------------------
 
 
