@@ -138,7 +138,7 @@ def main(argv=None):
         load(base, args.base)
     # All that can be wrong with the flags is known by now: an earlier run's files may go.
     files.begin_anew(args.out_dir, "results.json page.html sft.pt sdft.pt".split())
-    config = vars(args) | files.machine()
+    config = vars(args) | files.machine(args.device)
     print("{machine}, {device}, {threads} threads, torch {torch}, seed {seed}".format(**config))
     if not args.base:
         updates = pretrain(base, toy.pretraining_batch, args.seed, args.pretrain_steps)

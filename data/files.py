@@ -19,6 +19,9 @@ import torch
 @contextlib.contextmanager
 def errors_in_a_sentence(interrupted):
     """What its user can mend ends the program with a sentence, not with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # closed, or a notebook's
+            stream.reconfigure(errors="backslashreplace")  # a console without ‖ prints on
     try:
         yield
     except KeyboardInterrupt:
@@ -39,11 +42,13 @@ def begin_anew(folder, names):
         (folder / name).unlink(missing_ok=True)
 
 
-def machine():
+def machine(device="cpu"):
     """What the numbers and times of a run may depend on."""
     cpuinfo = Path("/proc/cpuinfo")  # of Linux
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     model = models[0] if models else platform.processor() or platform.machine()
+    if device == "cuda":
+        model = torch.cuda.get_device_name()
     return {"machine": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -21,12 +21,11 @@ import csv
 import itertools
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from data.files import write_whole
+from data.files import errors_in_a_sentence, write_whole
 from experiments import forgetting_law, tables
 from experiments.all import REPORTED
 from experiments.settings import chosen
@@ -177,18 +176,16 @@ def surviving(tests):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("run", type=Path, nargs="?", help="--out_dir of a finished experiments.all")
-    run = p.parse_args(argv).run
-    try:
+    with errors_in_a_sentence("interrupted; nothing is half written"):
+        p = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        p.add_argument("run", type=Path, nargs="?", help="--out_dir of a finished experiments.all")
+        run = p.parse_args(argv).run
         if run:
             take_over(run)
         text = rewritten(README.read_text(encoding="utf-8"), tables.load(RESULTS))
         write_whole(README, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        sys.exit(f"error: {e}")
 
 
 def take_over(run):

@@ -15,10 +15,7 @@ import inspect
 import itertools
 import json
 import os
-import platform
-import re
 import signal
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -64,19 +61,20 @@ class Experiment:
 def main(doc, *experiments, argv=None):
     """The command line of a file's experiments: results, table and figure of each."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends like Ctrl-C
-    try:
+    go_on = "interrupted; the same command goes on after the last finished arm"
+    with files.errors_in_a_sentence(go_on):
         args = parse_args(doc, experiments, argv)
-        for experiment in [e for e in experiments if e.name in args.names]:
-            rows = run(experiment, args)
-            print("\n" + "\n".join(tables.table(rows, experiment.columns)) + "\n")
-            if experiment.figure:
-                tables.draw(experiment.figure, rows, args.out_dir / f"{experiment.name}.png")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on after the last finished arm")
-    except (torch.cuda.OutOfMemoryError, BrokenProcessPool):  # a GPU's memory, or the machine's
-        sys.exit("error: the memory is full; the same command goes on with fewer --jobs")
-    except (OSError, ValueError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
+        try:
+            for experiment in [e for e in experiments if e.name in args.names]:
+                rows = run(experiment, args)
+                print("\n" + "\n".join(tables.table(rows, experiment.columns)) + "\n")
+                if experiment.figure:
+                    path = args.out_dir / f"{experiment.name}.png"
+                    tables.draw(experiment.figure, rows, path)
+        except (torch.cuda.OutOfMemoryError, BrokenProcessPool):  # a GPU's memory, or the machine's
+            raise ValueError(
+                "the memory is full; the same command goes on with fewer --jobs"
+            ) from None
 
 
 def parse_args(doc, experiments, argv):
@@ -130,19 +128,11 @@ def run(experiment, args):
         for name, value in finished[key, seed]["metrics"].items():
             row["metrics"].setdefault(name, []).append(value)
     rows = [*table.values()]
-    about = dict(experiment=experiment.name, seeds=[*range(args.seeds)], torch=torch.__version__)
-    about |= dict(machine=machine(), seconds=round(sum(sum(row["seconds"]) for row in rows)))
+    seconds = round(sum(sum(row["seconds"]) for row in rows))
+    about = dict(experiment=experiment.name, seeds=[*range(args.seeds)], seconds=seconds)
+    about |= files.machine(getattr(args, "device", "cpu")) | dict(threads=args.threads)
     tables.write(args.out_dir / f"{experiment.name}.json", about | {"rows": rows})
     return rows
-
-
-def machine():
-    """The name of what the numbers were computed on."""
-    if getattr(common.options, "device", "cpu") == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    return (re.findall("model name\\s*: (.*)", text) or [platform.machine()])[0]
 
 
 def plan(experiment, args):
