@@ -7,7 +7,7 @@ SAME = str.maketrans({"’": "'", **dict.fromkeys("‐‑‒–−－־", "-")})
 UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR"}
 INSIDE_NUMBER = re.compile(r"(?<=\d)(?:[,'’_\u00a0\u202f](?=\d{3}(?!\d))|\s+(?=[%‰°€]))")
 # In the letters of `shape`: a number has its sign and unit, a word what joins it, "C++" its "++".
-SIGN, UNIT = r"(?:(?<![.)])[-$±√]*\.?(?=N))?", r"(?:(?<=N)[%‰°$](?!N)L*|\+\+|[+#](?![LMN]))?"
+SIGN, UNIT = r"(?:(?<![.)])[-$±√]*\.?(?=N))?", r"(?:(?<=N)[%‰°$]L*|\+\+|[+#](?![LMN]))?"
 WORD = re.compile(rf"IM*|{SIGN}[LMN]+{UNIT}(?:(?:[-/_&^]|(?<=N)[.,:'](?=N))[$]?[LMN]+{UNIT})*")
 
 
