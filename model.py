@@ -185,7 +185,9 @@ class GPT(nn.Module):
         if not files:
             raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
         if files[0].suffix == ".safetensors":
-            from safetensors.torch import load_file as load  # optional: pip install safetensors
+            import safetensors.torch as st  # optional: pip install safetensors
+
+            load = lambda file: st.load(file.read_bytes())  # not mapped: a file may shrink
         state = {name: w for file in sorted(files) for name, w in load(file).items()}
         return cls.from_checkpoint(GPTConfig(*(fields[name] for name in SIZES)), state)
 

@@ -105,7 +105,6 @@ def load_model(name_or_folder):
         for name, w in model.named_parameters():
             if not w.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
-            w.data = w.data.clone()  # A file that is only mapped into memory may change or shrink.
         return model
     except Exception as e:  # whatever a missing or damaged file makes the readers raise
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
