@@ -189,7 +189,7 @@ def ema_update(teacher, student, alpha):
 
 
 def clip_and_step(model, optimizer, loss, grad_clip=1.0):
-    """Alg. 1, line 16: clip the gradients, step, clear them. Raises if anything is not finite."""
+    """Alg. 1, line 16: clip, step, clear. Raises if the gradients or the loss are not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     if not math.isfinite(loss) or not norm.isfinite():
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}: lower the learning rate")
