@@ -27,8 +27,11 @@ def shape(c):
     kind = unicodedata.category(c)
     if unicodedata.numeric(c, None) is not None:
         return "N"
-    unspaced = kind[0] == "L" and unicodedata.name(c, "").split(" ")[0] in UNSPACED
-    return "I" if unspaced else kind[0] if kind[0] in "LM" else "$" if kind == "Sc" else c
+    if kind[0] == "L" and unicodedata.name(c, "").split(" ")[0] in UNSPACED:
+        return "I"
+    if kind[0] in "LM":
+        return kind[0]
+    return "$" if kind == "Sc" else c
 
 
 def words(text):

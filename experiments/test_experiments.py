@@ -379,6 +379,20 @@ def test_the_toy_over_seeds_is_that_of_train_toy():
     assert worlds.WORLDS["toy"][1] == args.pretrain_steps and args.ema_alpha == 0.02
 
 
+def test_the_front_page_shows_the_committed_results(capsys):
+    """Its table is seed 0's, as train_toy.py prints it, and its headline the mean over seeds."""
+    page = (report.HERE.parent / "README.md").read_text(encoding="utf-8")
+    arms = {row["arm"]: row["metrics"] for row in RESULTS["toy"]["rows"]}
+    of = lambda arm, stage: {k: arms[arm][f"{stage}{k}"][0] for k in (*toy.NEW, "prior")}
+    results = {"base": {"after": "base"} | of("base", "")}
+    for arm in ("sft", "sdft"):
+        results[arm] = [{"after": k} | of(arm, f"after {k}: ") for k in toy.NEW]
+    train_toy.print_table(results)
+    assert capsys.readouterr().out.strip() in page
+    sdft, sft = (f"{np.mean(arms[arm]['prior']):.2f}"[1:] for arm in ("sdft", "sft"))
+    assert f"[{sdft} of the prior skills, SFT {sft}]" in page
+
+
 @pytest.mark.parametrize("name", REPORTED)
 def test_committed_results_fit_the_code(name):
     """Every arm of the code is in the results, with its fields and a value per seed."""
