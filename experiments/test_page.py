@@ -84,7 +84,7 @@ def found(text, section, tag):
 
 def test_page_has_every_row_of_the_students(run):
     """All of samples.jsonl but the teacher's stands on the page, unrounded, by prompt and arm."""
-    rows = [row for row in files.read(run / "samples.jsonl")[0] if row["role"] == "student"]
+    rows = [row for row in make_samples() if row["role"] == "student"]
     on_page = [row for arms in written(run)[1] for track in arms.values() for row in track]
     assert len(on_page) == len(rows) == 12
     assert all(row | {"arm": row["phase"].upper(), "run": ""} in on_page for row in rows)

