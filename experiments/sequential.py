@@ -1,12 +1,11 @@
 """Does one model collect skills? Each stage starts from where the last one ended.
 
     python -m experiments.sequential --seeds 5
-    python -m experiments.sequential toy --seeds 10
 
 toy          train_toy.py, over seeds, with SFT in the model's own style beside it
-sequential   The same with the other experiments' world and settings, so that all methods have equal
-             updates. X, Y and Z in turn. "X" to "prior" are after the last stage, "own" is the mean of every
-             skill right after its own, "after X: Y" the skill Y after stage X
+sequential   The same in the other experiments' world, with equal updates for all methods. "X" to
+             "prior" are after the last stage, "own" is the mean of every skill right after its
+             own, "after X: Y" the skill Y after stage X
 many_stages  Eight skills, then five of which the base was rarely right, 60 updates each. "own" is
              the mean over the eight right after their stages, "8" and "end" after stages 8 and 13;
              "prior 4" to "prior 13" are the prior skills. "KL prior" is on their prompts
@@ -68,12 +67,11 @@ def derive(metrics):
 def figure(rows, plt):
     base = rows[0]["metrics"]
     after = lambda row, c: [base[c], *(row["metrics"][f"after {k}: {c}"] for k in toy.NEW)]
+    titles = {"sft": "SFT", "sft, own style": "SFT, own style", "sdft": "SDFT"}
     panels = {
-        row["arm"].replace("sft", "SFT").replace("sdFT", "SDFT"): {
-            c: after(row, c) for c in (*toy.NEW, "prior")
-        }
+        titles[row["arm"]]: {c: after(row, c) for c in (*toy.NEW, "prior")}
         for row in rows
-        if row["arm"] in ("sft", "sdft", "sft, own style")
+        if row["arm"] in titles
     }
     return tables.panels_of_lines(plt, panels, ["base", *(f"after {k}" for k in toy.NEW)])
 
