@@ -36,6 +36,8 @@ def eos_ids(model, tokenizer):
 
 def forward(model, tokens, n_pad, n_past=0, **settings):
     """The model's output for tokens (B, N), which come after the n_past columns in its cache."""
+    if n_past == 0:  # Under autocast no cast of older weights, or without gradients, serves it.
+        torch.clear_autocast_cache()
     # Positions count real tokens only: without this, left padding would shift every position.
     positions = torch.arange(n_past + tokens.size(1), device=tokens.device).expand(len(tokens), -1)
     positions = positions if n_pad is None else positions - n_pad[:, None]
@@ -67,8 +69,6 @@ def rollout(model, prompts, max_new_tokens, eos_ids, temperature=1.0, generator=
 
 def completion_logits(model, prompts, completions):
     """Logits (B, C, V) of completions (B, C), as from `sdft.completion_logits`."""
-    # Under autocast, casts made without gradients, or of older weights, must not serve this pass.
-    torch.clear_autocast_cache()
     tokens, n_pad = left_pad(prompts, completions.device)
     tokens = torch.cat([tokens, completions[:, :-1]], 1)  # (B, P + C - 1)
     return forward(model, tokens, n_pad, use_cache=False, logits_to_keep=completions.size(1)).logits

@@ -5,9 +5,9 @@
     python -m experiments.real_controls two_by_two_rates --seeds 1
     python -m experiments.real_controls two_by_two --seeds 5
 
-Of the grid's rates (and weights of "sft + KL") that is chosen which keeps the highest prior accuracy
-of those with nine tenths of the new facts, and if none has them, which learns the most new facts;
-of equals the lower. The paper chooses by accuracy on the new task alone.
+Of the grid's rates, and the weights of "sft + KL", those with nine tenths of the new facts compete
+by prior accuracy, and if there are none, all by the new facts; of equals the lower is chosen. The
+paper chooses by accuracy on the new task alone.
 
 The controls are real_model.py's arms with what their names say changed, and the rate too where the
 grid has one. "facts alone" are without the other prompts in every batch, as the paper trains;
