@@ -10,7 +10,7 @@ estimators  Four estimates of the gradient of Eq. (1), the KL between whole resp
             which is known exactly where responses have at most three tokens. "bias" is the length
             of the mean estimate's error, "noise" the standard deviation of an estimate, both in
             lengths of the exact gradient; "cosine" is the angle's between the two. The mean of
-            "analytic" is exact, the others' is over 500 estimates and off by "bias error"
+            "analytic" is exact, the others' is over 200 estimates and off by "bias error"
 
 README.md, "The divergence" and "The estimators".
 """
@@ -114,7 +114,7 @@ ESTIMATES = ("analytic", "sampled token", "REINFORCE", "Rao-Blackwellised")
 def measure_estimator(seed, name):
     model, data = base(seed), skill("X", "train", seed, n=PROMPTS)
     exact = gradient(enumerated_loss(model, data), model)
-    generator, draws = torch.Generator().manual_seed(seed), 20 if common.options.quick else 500
+    generator, draws = torch.Generator().manual_seed(seed), 20 if common.options.quick else 200
     total, squares = torch.zeros_like(exact), 0.0
     for _ in range(draws):
         error = gradient(estimator(model, data, generator, name), model) - exact
