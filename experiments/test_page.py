@@ -112,7 +112,7 @@ def test_answers_stand_side_by_side(run):
 
 
 def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm has been trained: the base's column stays empty. Of many looks 12 are kept."""
+    """By then the arm is trained: the base's column stays empty. Of many looks 12 are kept."""
     rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
     rows += [row | {"step": step} for step in range(30) for row in rows[:1]]
     files.append(tmp_path / "samples.jsonl", rows)

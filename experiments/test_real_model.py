@@ -275,7 +275,7 @@ def test_the_settings_are_those_that_the_grid_chose():
 
 
 def test_two_by_two_crosses_who_samples_with_the_teacher(folders, monkeypatch):
-    """Else all is the same. Asked is a half of the prior questions, of those that the base knows."""
+    """Else all is the same. Half of the prior questions are asked, those that the base knows."""
     arms = real_controls.TWO_BY_TWO.arms
     same = {(row["lr"], row["steps"], row["many"], "then" in row) for row in arms}
     assert same == {(5e-5, 112, True, False)}
