@@ -174,8 +174,8 @@ def accuracy(model, data, reads="prompts", **rule):
 def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world="skills"):
     """What a model knows of a new skill and of the prior ones, and how far it is from the start.
 
-    "length" is that of the new skill's greedy answers, in tokens; "prior A" is one skill. "KL" is KL(model ‖ start) on
-    the new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response. "val" are
+    "length" is that of the new skill's greedy answers, in tokens; "prior A" is one skill's
+    accuracy. "KL" is KL(model ‖ start) on the new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response. "val" are
     accuracies on validation inputs, by which settings are chosen.
     """
     metrics, sizes = {}, {k: 50 for k in toy.PRIOR} | {name: 400}
