@@ -76,6 +76,14 @@ def write_whole(path, write):
         tmp.unlink(missing_ok=True)
 
 
+def write_tensors(path, tensors):
+    def write(tmp):
+        with open(tmp, "wb") as f:  # by its path, torch.save would not tell why it fails
+            torch.save(tensors, f)
+
+    write_whole(path, write)
+
+
 def progress(updates, steps, n_rows):
     """Runs updates that yield (step, loss). Of n_rows of them it yields a row of metrics, with the
     mean loss since the row before, and the seconds that all updates took so far.
