@@ -230,8 +230,8 @@ def parse_args(argv=None):
     add("--pretrain_steps", type=int, default=2600, help="updates of the base's pretraining")
     args = p.parse_args(argv)
     counts = args.steps, args.sft_steps, args.pretrain_steps, args.batch_size, args.seed + 1
-    if min(counts) < 1 or not 0 <= args.ema_alpha <= 1:
-        p.error("the steps and --batch_size are at least 1, --seed at least 0, --ema_alpha 0 to 1")
+    if min(counts) < 1 or not all(0 <= x <= 1 for x in (args.lr, args.sft_lr, args.ema_alpha)):
+        p.error("steps and --batch_size are at least 1, --seed at least 0, rates and alpha 0 to 1")
     return args
 
 

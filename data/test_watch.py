@@ -223,12 +223,14 @@ def test_progress_tells_the_mean_since_the_row_before():
 
 
 def test_log_prints_the_row_the_time_left_and_the_warnings(tmp_path, capsys):
-    """And a run that can be resumed is not logged over."""
+    """And a run of gpt2.train, finished or not, is not logged over."""
     row = dict(phase="sdft", skill="X", step=2, loss=1.5, new=0.5, prior=1.0, warnings=["trouble"])
     files.log(tmp_path, row, steps=6, seconds=3.0)
     line = "sdft     X     2/6  loss  1.500  new 0.50  prior 1.00    6 s left\n"
     assert capsys.readouterr().out == line + "sdft     X     2  warning: trouble\n"
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="a folder of its own"):
-        files.begin_anew(tmp_path, [])
+    for name in ("checkpoints", "config.json"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match="a folder of its own"):
+            files.begin_anew(tmp_path, [])
+        (tmp_path / name).rmdir()
     assert files.read(tmp_path / "metrics.jsonl") == ([row], 0)
