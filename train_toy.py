@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data import files, toy, watch
-from data.files import write_whole
+from data.files import write_tensors, write_whole
 from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, ema_update, rollout, sdft_loss, sft_loss
 
@@ -144,7 +144,7 @@ def main(argv=None):
         updates = pretrain(base, toy.pretraining_batch, args.seed, args.pretrain_steps)
         for row, seconds in files.progress(updates, args.pretrain_steps, n_rows=8):
             files.log(args.out_dir, {"phase": "pretrain"} | row, args.pretrain_steps, seconds)
-        write_whole(args.out_dir / "base.pt", lambda tmp: torch.save(base.state_dict(), tmp))
+        write_tensors(args.out_dir / "base.pt", base.state_dict())
 
     test = toy.skills("test", args.seed, n_new=400, n_prior=100)
     teacher, _ = evaluate(base, {name: test[name] for name in toy.NEW}, "teacher_prompts")
@@ -191,7 +191,7 @@ def teach(arm, base, test, args):
             files.log(args.out_dir, looks[-1], steps, spent, samples)
         seconds.append(spent / steps)
         scores.append({"after": skill} | measure(student, test))
-        write_whole(args.out_dir / f"{arm}.pt", lambda tmp: torch.save(student.state_dict(), tmp))
+        write_tensors(args.out_dir / f"{arm}.pt", student.state_dict())
     return scores, float(np.mean(seconds))
 
 
@@ -230,8 +230,8 @@ def parse_args(argv=None):
     add("--pretrain_steps", type=int, default=2600, help="updates of the base's pretraining")
     args = p.parse_args(argv)
     counts = args.steps, args.sft_steps, args.pretrain_steps, args.batch_size, args.seed + 1
-    if min(counts) < 1 or not 0 <= args.ema_alpha <= 1:
-        p.error("the steps and --batch_size are at least 1, --seed at least 0, --ema_alpha 0 to 1")
+    if min(counts) < 1 or not all(0 <= x <= 1 for x in (args.lr, args.sft_lr, args.ema_alpha)):
+        p.error("steps and --batch_size are at least 1, --seed at least 0, rates and alpha 0 to 1")
     return args
 
 

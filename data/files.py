@@ -35,7 +35,8 @@ def errors_in_a_sentence(interrupted):
 
 def begin_anew(folder, names):
     """The folder of a new run, without an earlier one's logs and files of these names."""
-    if folder == Path() or (folder / "checkpoints").exists():  # as gpt2.train has them
+    of_gpt2 = any((folder / name).exists() for name in ("checkpoints", "config.json"))
+    if folder == Path() or of_gpt2:
         raise ValueError(f"{folder} is not for a new run; --out_dir must name a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl", *names):
@@ -74,6 +75,14 @@ def write_whole(path, write):
         raise OSError(sentence) from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_tensors(path, tensors):
+    def write(tmp):
+        with open(tmp, "wb") as f:  # by its path, torch.save would not tell why it fails
+            torch.save(tensors, f)
+
+    write_whole(path, write)
 
 
 def progress(updates, steps, n_rows):

@@ -5,15 +5,16 @@ import unicodedata
 
 SAME = str.maketrans({"’": "'", **dict.fromkeys("‐‑‒–−－־", "-")})
 UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR"}
-INSIDE_NUMBER = re.compile(r"(?<=\d)(?:[,'’_\u00a0\u202f](?=\d{3}(?!\d))|\s+(?=[%‰°€]))")
+INSIDE_NUMBER = re.compile(r"(?<=\d)(?:[,'’_\u00a0\u202f](?=\d{3}(?!\d))|\s+(?=[%‰°℃€₽¥₩](?!\d)))")
 # In the letters of `shape`: a number has its sign and unit, a word what joins it, "C++" its "++".
-SIGN, UNIT = r"(?:(?<![.)])[-$±√]*\.?(?=N))?", r"(?:(?<=N)[%‰°$]L*|\+\+|[+#](?![LMN]))?"
+SIGN, UNIT = r"(?:(?<![.)])[-$±√]*\.?(?=N))?", r"(?:(?<=N)[%‰°℃$]L*|\+\+|[+#](?![LMN]))?"
 WORD = re.compile(rf"IM*|{SIGN}[LMN]+{UNIT}(?:(?:[-/_&^]|(?<=N)[.,:'](?=N))[$]?[LMN]+{UNIT})*")
 
 
 def normalise(text):
     """One spelling, lower case, single spaces, no full stop: what an exact match may differ in."""
     text = "".join(c for c in text.casefold() if unicodedata.category(c) != "Cf")  # not to be seen
+    text = "".join(str(unicodedata.decimal(c, c)) for c in text)  # digits of other scripts
     text = unicodedata.normalize("NFC", text).replace("i\u0307", "i").translate(SAME)  # Turkish İ
     return " ".join(text.split()).rstrip(".。।۔")
 

@@ -9,7 +9,7 @@ CONTAINS = [  # an answer, responses that contain it, responses that do not
     (
         "5",
         "It is 5.|5!|(5)|x=5|2+3=5|+5|5 km|...5|5, or|5 - 3|1. 5",
-        "-5|−5|.5|5.1|1.5|5%|5 %|$5|5€",
+        "-5|−5|.5|5.1|1.5|5%|5 %|$5|5€|5 ₽|5 ¥|5 ℃",
     ),
     (
         "5",
@@ -40,6 +40,7 @@ CONTAINS = [  # an answer, responses that contain it, responses that do not
     ("दान", "यह दान है।", "दिन|दाना"),  # Hindi
     ("ดี", "คำตอบคือดีครับ", "ดุ"),  # Thai
     ("می", "می روم", "می\u200cروم"),  # Persian
+    ("15", "٢ و ١٥|答えは１５です|१५", "٥|１１５"),  # digits of other scripts
     ("北京", "答案是北京。", "东京"),  # Chinese
     ("五", "五个|答案是五", "十五|五十"),
     ("東京", "東京です", "京都"),  # Japanese

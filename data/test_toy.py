@@ -354,7 +354,8 @@ def test_samples_show_the_same_prompts_through_training(runs):
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 ENDINGS = [
     ("--divergence=backward", "reverse"),
-    ("--ema_alpha=2", "--ema_alpha 0 to 1"),
+    ("--ema_alpha=2", "rates and alpha 0 to 1"),
+    ("--sft_lr=nan", "rates and alpha 0 to 1"),
     ("--batch_size=0", "--batch_size are at least 1"),
     ("--seed=-1", "--seed at least 0"),
     (f"--device={ABSENT}", "--device: invalid choice"),

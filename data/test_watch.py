@@ -181,11 +181,10 @@ def test_lines_are_read_as_written(tmp_path):
     assert files.read(tmp_path / "s.jsonl") == (rows[:2], 2)
 
 
-FULL, OF_TORCH = OSError(28, "No space left on device"), RuntimeError("unexpected pos")
-OF_TORCH.__context__ = FULL
+FULL = OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("error", [FULL, OF_TORCH, RuntimeError("odd")])
+@pytest.mark.parametrize("error", [FULL, RuntimeError("odd")])
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     """On the disk before it has its name; what fails leaves the old file, and is one sentence."""
     path, called = tmp_path / "results.json", mock.Mock()
@@ -203,6 +202,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
 
 
+def test_tensors_that_do_not_fit_say_so(tmp_path):
+    """torch.save by a path would speak of an unexpected position."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*base.pt \(File too large\); free"):
+            files.write_tensors(tmp_path / "base.pt", {"w": torch.zeros(9999)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_progress_tells_the_mean_since_the_row_before():
     """And at the last step; the seconds are those of the updates alone."""
     rows = [*files.progress(enumerate([4.0, 2.0, 7.0, 1.0, 6.0], 1), steps=5, n_rows=2)]
@@ -211,12 +223,14 @@ def test_progress_tells_the_mean_since_the_row_before():
 
 
 def test_log_prints_the_row_the_time_left_and_the_warnings(tmp_path, capsys):
-    """And a run that can be resumed is not logged over."""
+    """And a run of gpt2.train, finished or not, is not logged over."""
     row = dict(phase="sdft", skill="X", step=2, loss=1.5, new=0.5, prior=1.0, warnings=["trouble"])
     files.log(tmp_path, row, steps=6, seconds=3.0)
     line = "sdft     X     2/6  loss  1.500  new 0.50  prior 1.00    6 s left\n"
     assert capsys.readouterr().out == line + "sdft     X     2  warning: trouble\n"
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="a folder of its own"):
-        files.begin_anew(tmp_path, [])
+    for name in ("checkpoints", "config.json"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match="a folder of its own"):
+            files.begin_anew(tmp_path, [])
+        (tmp_path / name).rmdir()
     assert files.read(tmp_path / "metrics.jsonl") == ([row], 0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data import toy
-from data.files import write_whole
+from data.files import write_tensors
 from experiments import worlds
 from model import GPT, GPTConfig
 from sdft import clip_and_step, completion_logits, distill_loss, rollout, sft_loss
@@ -53,7 +53,7 @@ def base(seed, world="skills", **sizes):
         pass
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {"config": config, "model": model.state_dict()}
-    write_whole(path, lambda tmp: torch.save(saved, tmp))
+    write_tensors(path, saved)
     return model
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data import files
-from data.files import write_whole
+from data.files import write_tensors, write_whole
 from gpt2 import lora
 from gpt2.tokenizer import FILES, read_json
 from model import COMPUTED, GPT, GPT2_SIZES
@@ -57,14 +57,6 @@ def check_new(folder):
     for name in OWN:
         if (Path(folder) / name).exists():
             raise ValueError(f"{folder} already holds {name}; choose another --out_dir")
-
-
-def write_tensors(path, tensors):
-    def write(tmp):
-        with open(tmp, "wb") as f:  # by its path, torch.save would not tell why it fails
-            torch.save(tensors, f)
-
-    write_whole(path, write)
 
 
 def write_json(path, fields):

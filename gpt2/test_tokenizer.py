@@ -44,6 +44,7 @@ def test_a_folder_encodes_as_in_transformers(kind, added, retrained, tmp_path):
         assert ours.decode(ours.encode(text)) == text and ours.eos_id not in ours.encode(text)
 
 
+ADDED = {"262": {"content": END}, "265": {"content": "<s>"}}
 ENDS = [  # files in the folder beside the vocabulary; the end token of three that are possible
     ({}, EOS),
     ({"config": {"eos_token_id": 264}}, 264),
@@ -52,6 +53,7 @@ ENDS = [  # files in the folder beside the vocabulary; the end token of three th
     ({"config": {"eos_token_id": 50256}, "tokenizer_config": {"eos_token": USER}}, 263),
     ({"config": {"eos_token_id": EOS}, "generation_config": {"eos_token_id": [263]}}, 263),
     ({"special_tokens_map": {"eos_token": {"content": USER}}}, 263),
+    ({"tokenizer_config": {"eos_token": "<s>", "added_tokens_decoder": ADDED}}, 265),
 ]
 
 
@@ -69,6 +71,12 @@ WRONG = [  # what is written over the files of a vocabulary, or None if they go;
     ({"vocab.json": None}, 263, "none for 263 tokens); put its tokenizer.json"),
     ({"vocab.json": None, "merges.txt": None}, 263, "there is none for 263"),
     ({"merges.txt": None}, 50257, "there is none for 50257"),
+    (
+        {"vocab.json": None, "merges.txt": None, "spiece.model": ""},
+        50257,
+        "there is none for 50257",
+    ),
+    ({"tokenizer_config.json": '{"add_prefix_space": true}'}, 263, "needs a tokenizer.json"),
     ({"vocab.json": '{"a": '}, 263, "JSONDecodeError"),
     ({"merges.txt": "Ġ th\nt h"}, 263, "not in the order of merges.txt"),
     (

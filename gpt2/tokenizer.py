@@ -16,6 +16,7 @@ from model import GPT2_SIZES
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 FILES += ("tokenizer_config.json", "special_tokens_map.json")
+FILES += ("tokenizer.model", "spiece.model", "vocab.txt")  # of others, which are not read
 # How GPT-2 splits a text into words before it merges bytes, and its letters for the bytes.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LETTERS = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
@@ -111,6 +112,11 @@ def of_tokenizer_json(folder):
 
 def read_merges(folder):
     vocab = read_json(folder / "vocab.json") | read_json(folder / "added_tokens.json")
+    settings = read_json(folder / "tokenizer_config.json")
+    if settings.get("add_prefix_space"):
+        raise ValueError("add_prefix_space needs a tokenizer.json")
+    added = settings.get("added_tokens_decoder", {})
+    vocab |= {token["content"]: int(i) for i, token in added.items()}
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = ["".join(line.split()) for line in lines if line and not line.startswith("#version")]
     ranks = {bytes(LETTERS[c] for c in word): vocab[word] for word in [*LETTERS, *merges]}
