@@ -169,7 +169,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """GPT-2 by a name in GPT2_SIZES, downloaded once, or a Hugging Face folder, also in shards."""
+        """GPT-2 by a name in GPT2_SIZES, downloaded once, or from a Hugging Face folder."""
         if name_or_folder in GPT2_SIZES:
             config = GPTConfig(1024, 50257, *GPT2_SIZES[name_or_folder])
             files = dict(url=GPT2_URL.format(name_or_folder), file_name=f"{name_or_folder}.bin")

@@ -175,8 +175,9 @@ def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world
     """What a model knows of a new skill and of the prior ones, and how far it is from the start.
 
     "length" is that of the new skill's greedy answers, in tokens; "prior A" is one skill's
-    accuracy. "KL" is KL(model ‖ start) on the new skill's prompts, "KL forward" KL(start ‖ model), both in nats per response. "val" are
-    accuracies on validation inputs, by which settings are chosen.
+    accuracy. "KL" is KL(model ‖ start) on the new skill's prompts, "KL forward" KL(start ‖ model),
+    both in nats per response. "val" are accuracies on validation inputs, by which settings are
+    chosen.
     """
     metrics, sizes = {}, {k: 50 for k in toy.PRIOR} | {name: 400}
     test = {k: skill(k, "test", seed, n=n, world=world) for k, n in sizes.items()}

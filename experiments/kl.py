@@ -4,8 +4,8 @@
 
 kl          Skill X at SDFT's rate, sampled tokens at two more; "four responses" has 8 prompts in
             a batch, all others 32. "noise" is the variance of the gradient over rollouts of one
-            minibatch, summed over the weights, as a multiple of the squared length of the mean gradient, at
-            the base's weights
+            minibatch, summed over the weights, as a multiple of the squared length of the mean
+            gradient, at the base's weights
 estimators  Four estimates of the gradient of Eq. (1), the KL between whole responses (App. A.1),
             which is known exactly where responses have at most three tokens. "bias" is the length
             of the mean estimate's error, "noise" the standard deviation of an estimate, both in
