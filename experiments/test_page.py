@@ -30,7 +30,9 @@ def make_samples(skill="X"):
     rows, random = [], torch.Generator().manual_seed(0)
     for phase, step, (prompt, kind) in itertools.product(("sft", "sdft"), STEPS, PROMPTS):
         about = dict(phase=phase, skill=skill, step=step, kind=kind, prompt=prompt, expected=EVIL)
-        about |= dict(teacher_prompt=f"{prompt} ex<b>ample =", demonstration="ex<b>ample")
+        about |= dict(
+            teacher_prompt=f"ex<b>ample {prompt} ex<b>ample =", demonstration="ex<b>ample"
+        )
         for role in ("student", "teacher") if step == 0 else ("student",):
             tokens = torch.arange(len(VOCAB)).roll(step + len(phase + role)).tolist()
             logits = 3 * torch.randn(2, len(VOCAB), len(VOCAB), generator=random)
@@ -260,6 +262,8 @@ def test_browser_shows_every_response(opened, run):
             assert texts(opened, "#student-prompt") == [row["prompt"]]
             assert texts(opened, "#teacher-prompt") == [row["teacher_prompt"]]
             assert texts(opened, "#teacher-prompt mark") == [row["demonstration"]]
+            after = "return document.querySelector('#teacher-prompt mark').nextSibling.textContent"
+            assert opened.execute_script(after) == " ="  # of several places it is the last
             verdict = "✓ correct" if row["correct"] else "✗ wrong"
             said = f"X, step {row['step']}: {verdict}, expected {EVIL}"
             assert texts(opened, "#verdict") == [said]
