@@ -195,7 +195,8 @@ class GPT(nn.Module):
     def from_checkpoint(cls, config, state):
         """A model of Hugging Face's GPT-2 weights {name: tensor}; names and shapes must match."""
         state = {PREFIXES.sub("", k): w for k, w in state.items() if not k.endswith(MASKS)}
-        if not state.pop("lm_head.weight", state["wte.weight"]).equal(state["wte.weight"]):
+        head = state.pop("lm_head.weight", None)
+        if head is not None and not head.equal(state.get("wte.weight", head)):
             raise ValueError("lm_head.weight is not wte.weight; only a tied output layer is known")
         for name, w in state.items():
             state[name] = (w.t().contiguous() if name.endswith(TRANSPOSED) else w).float()

@@ -343,7 +343,7 @@ def test_transformers_gpt2_computes_the_same_logits(tmp_path):
     assert_close(GPT.from_pretrained(tmp_path)(tokens), other(tokens))
 
 
-OTHER_WEIGHTS = {"lm_head.weight": 13, "h.0.ln_1.bias": None, "h.2.ln_1.bias": 13, "wpe.weight": 12}
+OTHER_WEIGHTS = {"lm_head.weight": 13, "wte.weight": None, "h.2.ln_1.bias": 13, "wpe.weight": 12}
 OTHER_CONFIGS = {"activation_function": "relu", "layer_norm_epsilon": 1e-2, "n_inner": 7}
 OTHER_CONFIGS |= {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
 OTHER_CONFIGS |= {"model_type": "llama", "add_cross_attention": True}

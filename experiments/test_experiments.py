@@ -356,7 +356,7 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
     report.main([str(run)])
     assert tables.load(report.RESULTS).keys() == {*forgetting_law.SOURCES, "forgetting_law"}
     assert (report.FIGURES / "forgetting_law.png").exists()
-    assert "| reverse | 0.99 ± 0.02 |" in report.README.read_text()
+    assert "| reverse at 6e-05 | 0.99 ± 0.01 |" in report.README.read_text()
 
 
 def test_the_readme_is_what_the_report_writes():
