@@ -305,7 +305,7 @@ def test_pass_at_k_draws_all_samples_anew(quick, monkeypatch):
     monkeypatch.setattr(pass_at_k, "base", lambda *a: LookUp(half, p=0.02))
     metrics = pass_at_k.measure(0)
     assert metrics["pass@64"] == pytest.approx((1 - 0.98**64) / 2, abs=0.12)
-    assert metrics["pass@1"] == pytest.approx(0.01, abs=0.007) and metrics["pass@128"] <= 0.5
+    assert metrics["pass@1"] == pytest.approx(0.01, abs=0.01) and metrics["pass@128"] <= 0.5
 
 
 @pytest.fixture
