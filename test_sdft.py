@@ -336,9 +336,7 @@ def test_transformers_gpt2_computes_the_same_logits(tmp_path):
     assert_close(theirs(tokens).logits, model(tokens))
     other.save_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path)
-    found = GPT.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")  # read, not mapped, so that nothing is lost
-    assert_close(found(tokens), model(tokens))
+    assert_close(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
     other.save_pretrained(tmp_path)
     assert_close(GPT.from_pretrained(tmp_path)(tokens), other(tokens))
 

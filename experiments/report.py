@@ -69,9 +69,11 @@ def claims_table(experiments, results):
     if tests:
         stand, familywise = surviving(tests)
         yield ""
-        yield f"Of {sum(yes for _, yes in tests)} yes, {stand} stand at a false discovery rate of"
-        yield f".05 over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the chance of"
-        yield "a single wrong one is to be .05 (Holm)."
+        yield (
+            f"Of {sum(yes for _, yes in tests)} yes, {stand} stand at a false discovery rate of .05 "
+            f"over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the chance of a "
+            "single wrong one is to be .05 (Holm)."
+        )
 
 
 def of_arms(experiment, result):
