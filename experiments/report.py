@@ -71,8 +71,8 @@ def claims_table(experiments, results):
         yield ""
         yield (
             f"Of {sum(yes for _, yes in tests)} yes, {stand} stand at a false discovery rate of "
-            f".05 over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the chance of a "
-            "single wrong one is to be .05 (Holm)."
+            f".05 over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the chance "
+            "of a single wrong one is to be .05 (Holm)."
         )
 
 
