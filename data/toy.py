@@ -101,10 +101,10 @@ def teacher_prompts(names, digits, demonstrations):
 def answers(results, style="own"):
     """Results (n, R) written out and ended, (n, R + 1).
 
-    "own" `88.`, "expert" `ii.`, or "short", the expert's without the reasoning, (n, 2): `i.`.
+    "own" `88.`, "expert" `ii.`; without the reasoning "short" `i.` and "short, own" `8.`, (n, 2).
     """
-    results = results[:, -1:] if style == "short" else results
-    return side_by_side(results + LETTERS * (style != "own"), ".")
+    results = results[:, -1:] if style.startswith("short") else results
+    return side_by_side(results + LETTERS * (style in ("expert", "short")), ".")
 
 
 def is_correct(completions, answers):

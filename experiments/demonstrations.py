@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import common, runner, tables
 from experiments.common import on_texts
-from experiments.settings import HIGH, LOW, METHODS, MIDDLE, RATES, SDFT, chosen, grid
+from experiments.settings import LOW, METHODS, RATES, SDFT, chosen, grid
 
 
 def figure(rows, plt):
@@ -24,7 +24,7 @@ def figure(rows, plt):
     return tables.new_and_prior(rows, plt, "n", "demonstrations")
 
 
-RATES_OF = {"sft": RATES}
+RATES_OF = {"sft": (6e-6, *RATES)}  # what little there is to learn is learned slowly
 RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], LOW)
 NUMBERS = (8, 16, 32, 64, 128, 400)
 DEMONSTRATIONS = runner.Experiment(
@@ -66,11 +66,13 @@ def derive(metrics):
 
 
 WORLD = dict(world="long", lenient=True)
-SHORT_RATES = {"sft": HIGH, "sdft": MIDDLE, "sdft, forward KL": MIDDLE}
-SHORT = {name: METHODS[name] | dict(style="short") for name in SHORT_RATES}
+STYLES = {"sft, own style": "short, own"} | dict.fromkeys(
+    ["sft", "sdft", "sdft, forward KL"], "short"
+)
+SHORT = {name: METHODS[name] | dict(style=style) for name, style in STYLES.items()}
 REASONING = runner.Experiment(
     name="reasoning",
-    arms=[dict(arm="base", **WORLD), *grid(SHORT_RATES, SHORT, **WORLD)],
+    arms=[dict(arm="base", **WORLD), *grid(dict.fromkeys(SHORT, RATES), SHORT, **WORLD)],
     measure=common.measure,
     columns=["new", "sampled", "prior", "length"],
     bases=[dict(world="long")],

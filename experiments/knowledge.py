@@ -12,17 +12,14 @@ context    What the teacher reads: `?cjA!eh.=` the article, `?cjA!b.=` the answe
 README.md, "Facts" and "What the teacher must read".
 """
 
-import copy
-
 import numpy as np
 import torch
 
-from experiments import common, runner
+from experiments import runner
 from experiments.common import base, train
-from experiments.settings import HIGH, MIDDLE, SDFT, SDFT_FORWARD, SFT, grid
+from experiments.settings import HIGH, RATES, SDFT, SDFT_FORWARD, SFT, SFT_OWN, grid
 from experiments.worlds import facts, is_last_correct
-from sdft import clip_and_step
-from train_toy import adamw, evaluate, sdft, set_learning_rate, sft
+from train_toy import evaluate, sdft, sft
 
 
 def measure(seed, settings=None, reads=None):
@@ -38,31 +35,14 @@ def taught(start, seed, settings, text="both"):
     metrics = {}
     for part in ("val", "new"):
         data = facts(part, seed, reads=text)
-        learn = take_turns if "rehearse" in settings else train
-        student, _ = learn(start, data, seed, **settings)
+        if settings.get("style") == "own":
+            data["demonstrations"] = data["answers"]
+        n = len(data["prompts"])
+        data["known"] = facts("known", seed)["prompts"].reshape(n, 3, -1)
+        student, _ = train(start, data, seed, **settings)
         found = scores(student, seed, part)
         metrics |= found if part == "new" else {f"val {k}": found[k] for k in ("strict", "known")}
     return metrics
-
-
-def take_turns(start, data, seed, *, method, lr, steps, rehearse):
-    """As `train`, with an update on known facts after every one on new facts."""
-    student, known = copy.deepcopy(start), facts("known", seed)["prompts"]
-    optimizer = adamw(student, lr, weight_decay=0.0)
-    rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
-    steps = min(steps, 3) if common.options.quick else steps
-    for step in range(1, steps + 1):
-        set_learning_rate(optimizer, lr, step, steps)
-        rows = rng.choice(len(data["prompts"]), len(data["prompts"]), replace=False)
-        new = {key: values[rows] for key, values in data.items()}
-        asked = known[torch.randint(len(known), (len(rows),), generator=generator).numpy()]
-        # On known facts the base is the teacher, and reads no text either.
-        old = new | dict(prompts=asked, teacher_prompts=asked)
-        for loss_of, batch in ((method, new), (sdft, old)):
-            loss = loss_of(student, start, batch, generator)
-            loss.backward()
-            clip_and_step(student, optimizer, loss.item())
-    return student, start
 
 
 def scores(student, seed, part="new", reads=None):
@@ -79,14 +59,32 @@ def scores(student, seed, part="new", reads=None):
     return metrics | {name: strict[name] for name in ("OOD", "known A", "known B")}
 
 
-TURNS = dict(steps=160, rehearse=True)
-METHODS = {"sft": SFT, "sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
+def continued_pretraining(student, teacher, batch, generator):
+    """Cross entropy on the article as plain text, `?cjA!eh.`, with the entity's name."""
+    text = np.delete(batch["teacher_prompts"], 7, 1)  # of `?cjA!ehb.=` the answer
+    return sft(student, teacher, dict(prompts=text[:, :1], demonstrations=text[:, 1:]), generator)
+
+
+def with_known(student, teacher, batch, generator, new):
+    """The loss `new`, and SDFT's on known facts, where the base is the teacher and reads no text."""
+    asked = batch["known"][:, torch.randint(3, (), generator=generator)]
+    known = batch | dict(prompts=asked, teacher_prompts=asked)
+    return (new(student, teacher, batch, generator) + sdft(student, teacher, known, generator)) / 2
+
+
+METHODS = {"sft": SFT, "sft, own style": SFT_OWN, "cpt": SFT | dict(method=continued_pretraining)}
+METHODS |= {"sdft": SDFT, "sdft, forward KL": SDFT_FORWARD}
 METHODS |= {"sdft, frozen teacher": SDFT | dict(alpha=0.0)}
-METHODS |= {"sdft + known": TURNS | dict(method=sdft), "sft + known": TURNS | dict(method=sft)}
-RATES = {name: HIGH if name.startswith("sft") else MIDDLE for name in METHODS}
+for name, style in {"sft": "expert", "sft, own style": "own", "sdft": "expert"}.items():
+    new = dict(method=with_known, new=METHODS[name]["method"], style=style)
+    METHODS[f"{name} + known"] = SDFT | dict(alpha=0.0) | new
 KNOWLEDGE = runner.Experiment(
     name="knowledge",
-    arms=[dict(arm="base"), dict(arm="oracle", reads="article"), *grid(RATES, METHODS)],
+    arms=[
+        dict(arm="base"),
+        dict(arm="oracle", reads="article"),
+        *grid(dict.fromkeys(METHODS, RATES), METHODS),
+    ],
     measure=measure,
     columns=["strict", "lenient", "OOD", "known", "val strict", "val known"],
     bases=[dict(world="facts")],
@@ -106,7 +104,7 @@ def measure_context(seed, text, settings):
 TEXTS = {"answer only": "answer", "article only": "article", "both": "both"}
 CONTEXT = runner.Experiment(
     name="context",
-    arms=[a for k, text in TEXTS.items() for a in grid({k: MIDDLE[1:]}, {k: SDFT}, text=text)],
+    arms=[a for k, text in TEXTS.items() for a in grid({k: HIGH}, {k: SDFT}, text=text)],
     measure=measure_context,
     columns=["strict", "lenient", "OOD", "known", "teacher"],
     bases=[dict(world="facts")],
