@@ -56,9 +56,14 @@ def sampled_token(student, teacher, batch, generator, with_later_tokens=False):
     n = batch["answers"].shape[1] + 1
     y, mask = rollout(student, batch["prompts"], n, toy.EOS, generator=generator)  # (B, C)
     log_p, log_q = (at_tokens(log, y) for log in both_roles(student, teacher, batch, y))  # (B, C)
+    return (policy_gradient(log_p, log_q, mask, with_later_tokens) / mask.sum(1)).mean()
+
+
+def policy_gradient(log_p, log_q, mask, with_later_tokens):
+    """Of the sampled tokens (B, C), a loss per response (B,), for its gradient."""
     reward = (log_q - log_p).detach() * mask
     reward = from_here_on(reward) if with_later_tokens else reward
-    return -((reward * log_p).sum(1) / mask.sum(1)).mean()
+    return -(reward * log_p).sum(1)
 
 
 def reinforce(student, teacher, batch, generator):
@@ -142,11 +147,8 @@ def estimator(model, data, generator, name):
     kl = (log_p.exp() * (log_p - log_q)).sum(2) * mask  # (B, C), analytic
     if name == "analytic":
         return kl.sum(1).mean()
-    reward = (log_q_of_y - log_p_of_y).detach() * mask
-    if name == "sampled token":  # a token answers for its own log ratio
-        return -(log_p_of_y * reward).sum(1).mean()
-    if name == "REINFORCE":  # and for those of the tokens after it
-        return -(log_p_of_y * from_here_on(reward)).sum(1).mean()
+    if name != "Rao-Blackwellised":
+        return policy_gradient(log_p_of_y, log_q_of_y, mask, name == "REINFORCE").mean()
     # The token's own term is summed over the vocabulary, the KL of what comes after it is sampled.
     after = from_here_on(kl.detach()) - kl.detach()
     return (kl + log_p_of_y * after * mask).sum(1).mean()

@@ -2,7 +2,6 @@
 
     python -m experiments.real_controls real_grid --seeds 1
     python -m experiments.real_controls real_controls --seeds 3  # the last six arms on one seed
-    python -m experiments.real_controls two_by_two_rates --seeds 1
     python -m experiments.real_controls two_by_two --seeds 5
 
 Of the grid's rates, and the weights of "sft + KL", those with nine tenths of the new facts compete
@@ -14,8 +13,8 @@ grid has one. "facts alone" are without the other prompts in every batch, as the
 "offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates.
 
 two_by_two crosses on-policy and offline with an EMA and a frozen teacher, beside two kinds of SFT,
-all with as many updates at one rate, and without a second task. Its prior questions are half of all
-that the base answers; two_by_two_rates, from which to choose that rate, asks the other half.
+all with as many updates at the middle rate of the grid, and without a second task. It asks more
+prior questions, those that the base answers.
 """
 
 from dataclasses import replace
@@ -79,20 +78,16 @@ ONCE = {
 
 SIX = {"sft": SFT, "sft on own responses": OWN, "offline, frozen": OFFLINE}
 SIX |= {"offline, EMA": OFFLINE_EMA, "sdft, frozen": FROZEN, "sdft": SDFT}
-AT_RATES = {f"{k} at {lr:g}": SIX[k] | dict(lr=lr, family=k) for k in SIX for lr in RATES[:3]}
-MANY = dict(steps=112, many=True)
 
 SHORT = dict(columns=["new", "prior"], then_columns=(), figure=None, quick=("sft at 5e-05",))
 GRID = as_rows(GRID, "grid, ", split="_val")
 REAL_GRID = replace(REAL_MODEL, name="real_grid", arms=GRID, **SHORT)
-AT_RATES = as_rows(AT_RATES, "two_by_two, ", split="_val", **MANY)
-TWO_BY_TWO_RATES = replace(REAL_MODEL, name="two_by_two_rates", arms=AT_RATES, **SHORT)
 ONLY = dict(once=[*ONCE], figure=None, quick=("sft at 5e-05",))
 REAL_CONTROLS = replace(REAL_MODEL, name="real_controls", arms=as_rows(CONTROLS | ONCE), **ONLY)
 COLUMNS = ["new", "prior", "prior at .90", "updates to .90", "KL prior", "prior questions"]
 ONLY = dict(columns=COLUMNS, then_columns=(), figure=None, quick=("sft", "sdft"))
-SIX = as_rows(SIX, "two_by_two, ", lr=5e-5, **MANY)
+SIX = as_rows(SIX, "two_by_two, ", lr=5e-5, steps=112, many=True)
 TWO_BY_TWO = replace(REAL_MODEL, name="two_by_two", arms=SIX, **ONLY)
 
 if __name__ == "__main__":
-    runner.main(__doc__, REAL_GRID, REAL_CONTROLS, TWO_BY_TWO_RATES, TWO_BY_TWO)
+    runner.main(__doc__, REAL_GRID, REAL_CONTROLS, TWO_BY_TWO)

@@ -275,9 +275,8 @@ def measure(seed, name, reads=None, then=None, split="", many=False, paraphrased
     role = "teacher_ids" if reads else "student_ids"
     reads = reads or training.get("teacher_reads", "article")
     facts, prior = load_rows("facts" + split), load_rows("prior" + split)
-    if many:  # Every other question of them all; "_val" has the others.
-        prior = load_rows("prior") + load_rows("prior_val") + load_rows("prior_more")
-        prior = prior[split == "_val" :: 2]
+    if many:
+        prior += load_rows("prior_more")
     asked = questions(tokenizer, facts, prior, load_rows(f"{then}_test") if then else (), reads)
     learned = asked["new"]
     if paraphrased:  # The first of two is trained on.
