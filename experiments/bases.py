@@ -32,7 +32,8 @@ def figure(rows, plt):
 
 
 LEVELS = [*COLD.values()]
-RATES_OF = dict.fromkeys(["sft", "sdft", "sdft, forward KL", "sdft, JSD"], HIGH)
+RATES_OF = dict.fromkeys(["sft", "sdft", "sdft, forward KL", "sdft, JSD"], (2e-4, 6e-4))
+RATES_OF["sft"] = (6e-4, 2e-3)
 ARMS = [dict(arm=f"{p:g}, base", family="base", level=p) for p in LEVELS]
 ARMS += [arm for p in LEVELS for arm in grid(RATES_OF, condition=f"{p:g}, ", level=p)]
 COLD_START = runner.Experiment(
@@ -58,7 +59,7 @@ def derive(metrics):
 
 SIZES = {f"{d} x {w}": dict(n_layer=d, n_embd=w) for d, w in ((1, 128), (2, 32), (2, 64), (2, 128))}
 SIZE_ARMS = [dict(arm=f"{size}, base", **fields) for size, fields in SIZES.items()]
-SIZE_RATES = {"sft": HIGH, "sdft": LOW}
+SIZE_RATES = {"sft": HIGH[1:], "sdft": LOW}
 SIZE_ARMS += [
     a for s, fields in SIZES.items() for a in grid(SIZE_RATES, condition=f"{s}, ", **fields)
 ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import common, runner, tables
 from experiments.common import on_texts
-from experiments.settings import LOW, METHODS, RATES, SDFT, chosen, grid
+from experiments.settings import METHODS, RATES, SDFT, chosen, grid
 
 
 def figure(rows, plt):
@@ -25,7 +25,7 @@ def figure(rows, plt):
 
 
 RATES_OF = {"sft": (6e-6, *RATES)}  # what little there is to learn is learned slowly
-RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], LOW)
+RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], RATES[:3])
 NUMBERS = (8, 16, 32, 64, 128, 400)
 DEMONSTRATIONS = runner.Experiment(
     name="demonstrations",
