@@ -39,6 +39,7 @@ STEPS = {  # name: (most seconds, arguments of python)
     "speed": (150, "-m gpt2.bench --peers --device {device} --init_from {init_from}"),
     "gpt2-xl": (60, "-m gpt2.bench --device {device} --init_from gpt2-xl"),
 }
+RESUMED = 60  # most seconds of the step "resumed"
 
 
 def run(arguments, limit):
@@ -55,18 +56,17 @@ def run(arguments, limit):
     return dict(command=command, status=status, seconds=seconds, last=output.splitlines()[-25:])
 
 
-def resumed(arguments, uninterrupted, limit):
+def resumed(arguments, folder, uninterrupted):
     """As `run`, of a run that is killed after its first checkpoint and goes on, and "difference"."""
-    folder = Path(arguments.split()[-1])
     process = subprocess.Popen([sys.executable, *arguments.split()], stdout=subprocess.DEVNULL)
-    end = time.monotonic() + limit
+    end = time.monotonic() + RESUMED / 2
     while process.poll() is None and not [*folder.glob("checkpoints/*.pt")]:
         if time.monotonic() > end:
             break
         time.sleep(0.05)
     process.kill()
     process.wait()
-    found = run(f"-m gpt2.train --resume --out_dir {folder}", limit)
+    found = run(f"-m gpt2.train --resume --out_dir {folder}", RESUMED / 2)
     if found["status"] == 0:
         pairs = zip(*(GPT.from_pretrained(f).parameters() for f in (folder, uninterrupted)))
         found["difference"] = max((a - b).abs().max().item() for a, b in pairs)
@@ -91,7 +91,7 @@ def main(argv=None):
     for step in args.steps or [*STEPS, "resumed"]:
         if step == "resumed":
             arguments = STEPS["float32"][1].format(**names).replace("/float32", "/resumed")
-            done = resumed(arguments, args.out_dir / "float32", 60)
+            done = resumed(arguments, args.out_dir / "resumed", args.out_dir / "float32")
         else:
             limit, arguments = STEPS[step]
             done = run(arguments.format(**names), limit)
