@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from data import files
 from data.files import write_tensors, write_whole
 from gpt2 import lora
 from gpt2.tokenizer import FILES, read_json
-from model import COMPUTED, GPT, GPT2_SIZES
+from model import COMPUTED, GPT, GPT2_SIZES, SIZES
 
 try:
     import fcntl
@@ -94,9 +95,6 @@ def load_model(name_or_folder):
         model = GPT.from_pretrained(name_or_folder)
         if model.config.n_embd % model.config.n_head:
             raise ValueError("n_head of config.json does not divide n_embd")
-        for name, w in model.named_parameters():
-            if not w.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite")
         return model
     except Exception as e:  # whatever a missing or damaged file makes the readers raise
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -118,8 +116,7 @@ def save_model(model, folder, tokenizer=None):
     source = tokenizer and tokenizer.folder
     ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
     fields = COMPUTED | {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
-    fields |= {"n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer}
-    fields |= {"n_head": c.n_head, "n_embd": c.n_embd} | ends
+    fields |= dict(zip(SIZES, astuple(c))) | ends
     name, stale, weights = *WEIGHT_FILES, model.checkpoint()
     folder.mkdir(parents=True, exist_ok=True)
     try:

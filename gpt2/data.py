@@ -2,14 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gpt2.tokenizer import Tokenizer
-from sdft import student_context, teacher_context
+from sdft import completion_logits, student_context, teacher_context
 
 FIELDS = ("prompt", "demonstration", "article", "answer", "text", "where")
 ALIASES = {"privileged_context": "demonstration", "completion": "demonstration"}
@@ -96,7 +96,6 @@ class RowReader:
     template: str = TEMPLATES["both"]
     imitates: bool = False  # SFT, which needs a demonstration whatever the teacher reads
     skip_long: bool = False
-    notes: list = field(default_factory=list)  # what the user should know of the files read
 
     def encode(self, text):
         """Token ids. What cannot fit is cut off, but still too long: tiktoken panics at it."""
@@ -144,9 +143,9 @@ class RowReader:
         lines = read_jsonl(path)
         rows = [make_row(line) for line in lines]
         unused = [f"{k!r} ({line['where']})" for line in lines for k in line if k not in FIELDS]
-        self.note(f"{path} has fields that are not used", unused)
+        note(f"{path} has fields that are not used", unused)
         glued = [row["where"] for row in rows if row.get("glued")]
-        self.note("prompt and demonstration meet without a space or line break", glued)
+        note("prompt and demonstration meet without a space or line break", glued)
         fit = [row for row in rows if row["need"] <= self.block_size]
         too_long = [row for row in rows if row["need"] > self.block_size]
         if too_long and not (self.skip_long and fit):
@@ -156,12 +155,14 @@ class RowReader:
                 f"--max_new_tokens, or drop such rows ({len(too_long)}) with --skip_long"
             )
         what = f"dropped rows that exceed n_positions={self.block_size} (--skip_long)"
-        self.note(what, [row["where"] for row in too_long])
+        note(what, [row["where"] for row in too_long])
         return fit
 
-    def note(self, what, places):
-        if places:
-            self.notes.append(f"{what}, {len(places)} in all, the first at {places[0]}")
+
+def note(what, places):
+    """Prints what the user should know of a file."""
+    if places:
+        print(f"note: {what}, {len(places)} in all, the first at {places[0]}")
 
 
 def minibatch(n, batch_size, step, seed):
@@ -180,15 +181,16 @@ def pad_right(sequences, eos_id, device):
     return tokens, torch.arange(C, device=device) < lengths
 
 
-def batches(pairs, size, block_size):
-    """(prompts, completions) of at most `size` pairs each.
+def scored(model, pairs, eos_id, size):
+    """Logits (B, C, V), tokens and mask (B, C) of at most `size` (prompt, completion) at a time.
 
-    A batch is smaller if its longest prompt and its longest completion do not fit together.
+    They are fewer if the longest prompt and the longest completion do not fit together.
     """
     while pairs:
-        n = min(size, len(pairs))
-        while n > 1 and sum(max(len(pair[i]) for pair in pairs[:n]) for i in (0, 1)) > block_size:
+        n, most = min(size, len(pairs)), model.config.block_size
+        while n > 1 and sum(max(len(pair[i]) for pair in pairs[:n]) for i in (0, 1)) > most:
             n -= 1
         prompts, completions = zip(*pairs[:n])
-        yield prompts, completions
+        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
+        yield completion_logits(model, prompts, tokens), tokens, mask
         pairs = pairs[n:]

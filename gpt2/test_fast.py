@@ -62,7 +62,7 @@ def test_rollout_equals_the_textbook_rollout(prompts, temperature, textbook_draw
     n, model = len(prompts), tiny()
     textbook_draws(n=n)
     expected, expected_mask = sdft.rollout(model, prompts, 9, EOS, temperature)
-    for m in (model, fast.RolloutGPT.of(model)):
+    for m in (model, fast.RolloutGPT(model)):
         completions, mask = fast.rollout(m, prompts, 9, EOS, temperature, streams(n=n))
         assert torch.equal(completions, expected) and torch.equal(mask, expected_mask)
     assert temperature != 1 or n == 2 or len(set(mask.sum(1).tolist())) > 1  # of various lengths
@@ -86,7 +86,7 @@ def test_inverse_cdf_at_its_edges():
 def test_a_model_that_cannot_be_packed_decodes_the_same():
     """Under autocast, where the products are in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16):
-        model = fast.RolloutGPT.of(tiny())
+        model = fast.RolloutGPT(tiny())
         assert model(TOKENS).dtype == torch.bfloat16
     same(model(TOKENS), tiny()(TOKENS))
 
@@ -94,7 +94,7 @@ def test_a_model_that_cannot_be_packed_decodes_the_same():
 def test_rollout_in_bfloat16_decodes_what_the_student_computes():
     """Step by step with its cache, against one pass without, to bfloat16's rounding."""
     student, (tokens, n_pad) = tiny(), left_pad(PROMPTS, CPU)
-    model, P = fast.RolloutGPT.of(student, torch.bfloat16), tokens.size(1)
+    model, P = fast.RolloutGPT(student, torch.bfloat16), tokens.size(1)
     whole = torch.cat([tokens, TOKENS.expand(3, -1)], 1)
     cache = model.kv_cache(3, P + 3)
     assert cache.kv.dtype == torch.float32  # in bfloat16 attention is slow on a CPU

@@ -42,7 +42,7 @@ def test_merged_weights_equal_the_adapters(dtype):
         plain = lora.merge(model)
         assert plain.state_dict().keys() == base.state_dict().keys()
     else:
-        plain = fast.RolloutGPT.of(model, dtype)
+        plain = fast.RolloutGPT(model, dtype)
     if dtype == torch.bfloat16:
         close = dict(rtol=0.05, atol=0.05 * expected.std().item())
     same(plain(TOKENS).float(), expected, **close)
@@ -54,7 +54,7 @@ def test_all_roles_share_the_frozen_weights():
     base = small_gpt()
     student, first = adapted(base), base.state_dict()
     teacher = lora.share(student).requires_grad_(False)
-    for model in (student, teacher, fast.RolloutGPT.of(student)):
+    for model in (student, teacher, fast.RolloutGPT(student)):
         frozen = {k: w for k, w in model.named_parameters() if ".lora_" not in k}
         theirs = {k: first[k.replace(".linear.", ".")] for k in frozen}
         assert all(w.data_ptr() == theirs[k].data_ptr() for k, w in frozen.items())

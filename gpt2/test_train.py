@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 
 from data import files, watch
+from data.scoring import contains
 from gpt2 import bench, checkpoint, evaluate, fast, train
 from gpt2.checkpoint import load_model, load_run, run_checkpoints
 from gpt2.conftest import (
@@ -57,100 +57,80 @@ CHANGED |= dict(batch_size=3, micro_batch=2, lr=2e-3, warmup=3, weight_decay=0.5
 CHANGED |= dict(seed=7, log_every=2, eval_every=3, save_every=1, divergence="jsd")
 WARM_UP = [1 / 3, 2 / 3, 1, 1, 1]
 COSINE = [1, 0.9045084972, 0.6545084972, 0.3454915028, 0.0954915028]
-RATES = [2e-3 * warm_up * cosine for warm_up, cosine in zip(WARM_UP, COSINE)]
+ALPHA = {"ema": 0.3, "frozen": 0.0, "live": 1.0}
 
 
-@pytest.mark.parametrize("method", ["sdft", "sft"])
-def test_every_flag_reaches_what_it_names(method, tmp_path, base, data, monkeypatch):
-    """Updates, log, scores, samples and checkpoints, against the calls of the functions."""
-    out, template, called = tmp_path / "out", tmp_path / "t.txt", {}
+@pytest.mark.parametrize("kind", [*ALPHA, "sft"])
+def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(kind, tmp_path, base, data):
+    """Bit for bit: weights, teacher, log, scores, samples, and which steps are written."""
+    out, template, old = tmp_path / "out", tmp_path / "t.txt", data / "ood.jsonl"
     template.write_text("{article} or {demonstration}? {prompt}")
     rows = [{"prompt": prompt, "answer": "5"} for prompt in ("Of 5?\n", "Q" * 400)]
     test = write_rows(tmp_path / "test.jsonl", rows)
-    numbers = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
-    more = ["--test", test, "--method", method, "--skip_long", "--old", data / "ood.jsonl"]
-    reads = {"sdft": ("--teacher_template", template), "sft": ("--teacher_reads", "article")}
-    for name, module in dict(train_step=fast, sft_step=fast, look=watch, evaluate=evaluate).items():
+    argv = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
+    argv += ["--test", test, "--skip_long", "--old", old]
+    argv += ["--method", "sft"] if kind == "sft" else ["--teacher", kind]
+    reads = ["--teacher_reads", "article"], ["--teacher_template", template]
+    train.main(flags(base, data, out, *argv, *reads[kind == "ema"]))
 
-        def spied(*inputs, f=getattr(module, name), name=name, **options):
-            called.setdefault(name, []).append((inputs, options, f(*inputs, **options)))
-            return called[name][-1][2]
-
-        monkeypatch.setattr(module, name, spied)
-    train.main(flags(base, data, out, *numbers, *more, *reads[method]))
-    monkeypatch.undo()
-
-    text = template.read_text() if method == "sdft" else TEMPLATES["article"]
-    reader = RowReader(load_tokenizer(base, 263), 320, 7, text, skip_long=True)
+    tokenizer = load_tokenizer(base, 263)
+    text = template.read_text() if kind == "ema" else TEMPLATES["article"]
+    reader = RowReader(tokenizer, 320, 7, text, skip_long=True)
     texts, questions = ([row] for row in reader.read(data / "prior.jsonl", reader.prior))
     sets = {"train": reader.read(data / "train.jsonl", reader.training), "texts": texts}
     sets |= {"test": reader.read(test, reader.task), "questions": questions}
-    sets |= {"ood": reader.read(data / "ood.jsonl", reader.task)}
-    sets |= {f"old {data / 'ood.jsonl'}": sets["ood"]}
-    steps = called["train_step" if method == "sdft" else "sft_step"]
-    assert len(steps) == 5
-    for step, (inputs, options, _) in enumerate(steps):
+    sets |= {name: reader.read(old, reader.task) for name in ("ood", f"old {old}")}
+    start, student, teacher = (fast.save_memory(load_model(base)) for _ in range(3))
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.5, fused=True)
+    looks, logged, samples, phase = [], [], [], "sft" if kind == "sft" else "sdft"
+    streams = lambda step, n: fast.row_generators(7, step, range(n), "cpu")
+    rollout = lambda *inputs: fast.rollout(*inputs[:5], streams(0, len(inputs[1])))
+
+    def look(step):
+        models = [fast.RolloutGPT(model) for model in (student, teacher, start)]
+        models[1] = None if kind == "sft" else models[1]
+        scores = evaluate.evaluate(models[0], sets, tokenizer, 7, 2, start if step else None)
+        row = {"phase": phase, "step": step}
+        inputs = evaluate.rows_to_watch(sets, 313), tokenizer.decode, contains, 7, EOS, "jsd", 0.8
+        seen, new = watch.look(*models, *inputs, 8, rollout, skill=None, **row)
+        named = {"eval": scores, "new": scores["lenient"], "prior": scores["prior_acc"]}
+        looks.append(row | seen | named)
+        looks[-1]["warnings"] = watch.warnings(looks)
+        samples.extend(new)
+
+    look(0)
+    for step in range(5):
         batch = [sets["train"][i] for i in minibatch(6, 3, step, 7)]
-        of_batch = lambda name: [row[name] for row in batch]
-        if method == "sft":
-            targets = of_batch("prompt_ids"), of_batch("demonstration_ids")
-            assert inputs[2:] == (*targets, EOS, 0.05, 2) and not options
+        prompts, contexts, demonstrations = (
+            [row[f"{name}_ids"] for row in batch] for name in ("prompt", "teacher", "demonstration")
+        )
+        rate = optimizer.param_groups[0]["lr"] = 2e-3 * WARM_UP[step] * COSINE[step]
+        if kind == "sft":
+            loss, info = fast.sft_step(student, optimizer, prompts, demonstrations, EOS, 0.05, 2)
+            mean = None
         else:
-            assert inputs[3:] == (of_batch("prompt_ids"), of_batch("teacher_ids"), 7, EOS)
-            expected = fast.row_generators(7, step, range(3), "cpu")
-            for stream, other in zip(options.pop("generators"), expected, strict=True):
-                assert stream.initial_seed() == other.initial_seed()
-            settings = dict(divergence="jsd", alpha=0.3, temperature=0.8, grad_clip=0.05)
-            settings |= dict(skip_tokens=1, micro_batch=2, rollout_dtype=torch.float32)
-            assert options == settings
-    saved = load_run(out)
-    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
-
-    rows = [row for row in metrics(out) if "loss" in row]
-    assert [row["step"] for row in rows] == [2, 4, 5]
-    for row in rows:
-        loss, info = steps[row["step"] - 1][2]
-        assert row["loss"] == pytest.approx(loss, rel=1e-5)
-        assert row["length"] == pytest.approx(info["mask"].sum().item() / 3)
-        assert row["lr"] == pytest.approx(RATES[row["step"] - 1], rel=1e-5)
-        if method == "sdft":  # its divergence is a mean over the tokens with loss
+            options = dict(divergence="jsd", temperature=0.8, skip_tokens=1, grad_clip=0.05)
+            options |= dict(alpha=ALPHA[kind], micro_batch=2, generators=streams(step, 3))
+            models = student, teacher, optimizer
+            loss, info = fast.train_step(*models, prompts, contexts, 7, EOS, **options)
             mean = (info["divergence"].sum() / info["loss_mask"].sum()).item()
-            ends = (info["completions"] == EOS).any(1)
-            assert row["divergence"] == pytest.approx(mean, rel=1e-4)
-            assert row["truncated"] == pytest.approx(1 - ends.float().mean().item())
+        endless = 1 - (info["completions"] == EOS).any(1).float().mean().item()
+        row = {"phase": phase, "step": step + 1, "loss": loss, "divergence": mean}
+        row |= {"lr": rate, "length": info["mask"].sum().item() / 3, "truncated": endless}
+        logged += [row] if step + 1 in (2, 4, 5) else []
+        look(step + 1) if step + 1 in (3, 5) else None
 
-    looks = [row for row in metrics(out) if "eval" in row]
-    assert [row["step"] for row in looks] == [0, 3, 5]
-    for row, (inputs, _, scores) in zip(looks, called["evaluate"], strict=True):
-        assert inputs[1] == sets and inputs[3:5] == (7, 2) and row["eval"] == scores
-        assert (row["new"], row["prior"]) == (scores["lenient"], scores["prior_acc"])
-    for n, row in enumerate(looks, 1):
-        assert row["warnings"] == watch.warnings(looks[:n])
-    assert read(out / "results.json")["final"] == scores
-
-    inputs, options, (_, samples) = called["look"][-1]
-    assert inputs[3] == evaluate.rows_to_watch(sets, 313) and options["step"] == 5
-    assert (options["divergence"], options["temperature"]) == ("jsd", 0.8)
-    for model, state in zip(inputs, (weights(out), saved["teacher"], weights(base))):
-        assert state["wte.weight"].equal(model.wte.weight) if state else model is None
-    assert samples == lines(out / "samples.jsonl")[-4:] and len(samples) == 4
-    prompts, streams = [[3, 5]], fast.row_generators(7, 0, [0], "cpu")
-    expected = fast.rollout(inputs[0], prompts, 7, EOS, 0.8, streams)
-    same(options["rollout"](inputs[0], prompts, 7, EOS, 0.8, None), expected)
-
-
-@pytest.mark.parametrize("name, alpha", [("ema", 0.25), ("frozen", 0.0), ("live", 1.0)])
-def test_the_teacher_follows_its_flag(name, alpha, tmp_path, whole, data):
-    """φ = α θ + (1 - α) φ after one step, from the first run's student on; frozen is not saved."""
-    more = ["--teacher", name, "--ema_alpha", 0.25]
-    train.main(flags(whole, data, tmp_path / "out", *more, steps=1))
-    before, saved = weights(whole), load_run(tmp_path / "out")
-    student, teacher = saved["student"], saved["teacher"]
-    assert not torch.equal(student["wte.weight"], before["wte.weight"])
-    moves = before if alpha else {}
-    same(teacher, {k: alpha * student[k] + (1 - alpha) * before[k] for k in moves}, atol=1e-6)
-    assert lines(tmp_path / "out" / "metrics.jsonl")[-1]["eval"]["kl_to_base"] > 0
+    same(weights(out), student.state_dict())
+    moves = kind in ("ema", "live")
+    same(load_run(out)["teacher"], dict(teacher.state_dict()) if moves else {})
+    assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
+    rows = metrics(out)
+    assert [row for row in rows if "eval" in row] == looks
+    close = lambda value: pytest.approx(value) if isinstance(value, float) else value
+    logged = [{name: close(value) for name, value in row.items()} for row in logged]
+    assert [row for row in rows if "loss" in row] == logged
+    assert lines(out / "samples.jsonl") == samples and samples[-1]["tokens"]
+    assert read(out / "results.json")["final"] == looks[-1]["eval"]
 
 
 def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data):
@@ -267,7 +247,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data, monkeypatch)
     assert printed.count("| base |") == 1 == printed.count("rows, 4 a step")
 
 
-def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole):
+def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole, monkeypatch, capsys):
     """From a new run, from --resume without a checkpoint, from another that still writes."""
     out = tmp_path / "out"
     for folder, argv in ((out, flags(base, data, out)), (whole, ["--resume", "--out_dir", whole])):
@@ -276,50 +256,26 @@ def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole):
     assert not out.exists()  # it was empty
     assert "already holds a run" in error_of(*flags(base, data, whole))
     names = "metrics.jsonl samples.jsonl config.json generation_config.json vocab.json best adapter"
+    monkeypatch.setattr(checkpoint, "fcntl", None)  # as on Windows, which has no such locks
     for name in [*names.split(), "tokenizer.json", "chat_template.jinja", "pytorch_model.bin"]:
         (tmp_path / name).write_text("precious")
         for more in ([], ["--resume"]):
             assert f"already holds {name}" in error_of(*flags(base, data, tmp_path, *more))
         assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
         (tmp_path / name).unlink()
+    assert "cannot be locked here; do not start a second run in it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fcntl", [None, types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4)])
-def test_a_folder_that_cannot_be_locked_is_used(fcntl, tmp_path, monkeypatch, capsys):
-    """As on Windows, and on some network drives."""
-    if fcntl:
-        fcntl.flock = lambda *_: os.stat("no locks")  # an OSError
-    monkeypatch.setattr(checkpoint, "fcntl", fcntl)
-    with checkpoint.locked(tmp_path / "out"):
-        assert "out cannot be locked here; do not start a second run" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
-def test_resume_keeps_the_settings(tmp_path, whole):
-    """Another setting, the default included, would not resume anything."""
+def test_a_resumed_run_keeps_its_settings(tmp_path, base, whole):
+    """Another one, the default included, would not resume anything; a log may hold anything."""
+    out = shutil.copytree(whole, tmp_path / "out")
     for rate in ("0.5", "1e-05"):
-        assert f"--lr {rate} differs" in error_of("--resume", "--out_dir", whole, "--lr", rate)
-    assert "--data is missing, and" in error_of("--resume", "--out_dir", tmp_path / "empty")
-
-
-FAILURES = [
-    (RuntimeError("not enough memory: you tried to allocate memory"), "lower --micro_batch"),
-    (FloatingPointError("the loss is nan"), "the loss is nan; if --resume ends here again, delete"),
-    (BrokenPipeError(32, "Broken pipe"), "nobody reads the output any more; if a run was stopped"),
-    (OSError(28, "No space left on device"), "out (No space left on device); check the path and"),
-]
-
-
-@pytest.mark.parametrize("failure, words", FAILURES)
-def test_a_failure_ends_in_one_sentence(failure, words, tmp_path, base, data, monkeypatch):
-    """With a remedy, if there is one."""
-
-    def fails(*_):
-        raise failure
-
-    monkeypatch.setattr(train, "update", fails)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # is replaced if nobody reads it
-    assert words in error_of(*flags(base, data, tmp_path / "out"))
+        assert f"--lr {rate} differs" in error_of("--resume", "--out_dir", out, "--lr", rate)
+    odd = '{"step": 4, "eval": null, "prior": 1e999, "new": null, "teacher_accuracy": [], '
+    odd += f'"never_ended": "x", "rollouts_correct": {"9" * 400}, "student_entropy": {{}}}}\n'
+    (out / "metrics.jsonl").write_text(odd + (out / "metrics.jsonl").read_text())
+    resume(out)
+    assert read(out / "results.json")["final"] == read(whole / "results.json")["final"]
 
 
 WRONG = [(f"--{name}", "-1") for name in CHANGED] + [("--lr", "nan"), ("--lora_rank", "0")]
@@ -358,17 +314,6 @@ def test_what_is_evaluated(tmp_path, base, data, capsys):
     assert len(printed) == 3 and [row["answer"] for row in sets["test"]] == ["0", "1", "2"]
 
 
-def test_a_log_may_hold_anything(tmp_path, base, data, whole):
-    """What is no finite number is not read, and the run goes on as it would have."""
-    out = shutil.copytree(whole, tmp_path / "out")
-    odd = '{"step": 6, "eval": null, "prior": 1e999, "new": null, "teacher_accuracy": [], '
-    odd += f'"never_ended": "x", "rollouts_correct": {"9" * 400}, "student_entropy": {{}}}}\n'
-    log = out / "metrics.jsonl"
-    log.write_text("".join(odd.replace("6", n) for n in "04") + log.read_text())
-    resume(out)
-    assert read(out / "results.json")["final"] == read(whole / "results.json")["final"]
-
-
 def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
     """In memory and in the folders that are written: a padded vocabulary, end token 0."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -394,26 +339,28 @@ def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
 
 
 def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
-    """And nothing is written: files, models, data, processes."""
+    """And nothing is written: files, models, data, processes. Of full memory, the remedy."""
     argv, row = flags(base, data, tmp_path / "out"), {"prompt": "Q\n", "demonstration": "D"}
     checkpoint.save_model(small_gpt(vocab_size=300), tmp_path / "odd")
     small = shutil.copytree(base, tmp_path / "small")
     checkpoint.save_model(small_gpt(vocab_size=200), small)
-    names = ("data", "test", "ood", "eval", "old", "teacher_template")
-    wrong = [(f"--{name}", "nope", "nope (No such file") for name in names]
-    wrong += [
-        ("--data", os.devnull, "no rows"),
-        ("--init_from", "nowhere", "cannot load nowhere"),
-        ("--init_from", small, "263 tokens, the model 200"),
-        ("--base", tmp_path / "odd", "--base must have"),
-        ("--device", "abacus", "--device abacus"),
-        ("--out_dir", ROOT / "LICENSE" / "x", "LICENSE"),
-        ("--max_new_tokens", 400, "n_positions"),
-    ]
+    unscored = write_rows(tmp_path / "d", [row])
+    wrong = [(f"--{name}", "nope", "nope") for name in ("test", "ood", "eval", "old")]
+    wrong += [("--teacher_template", "nope", "nope"), ("--data", os.devnull, "no rows")]
+    wrong += [("--init_from", "nowhere", "cannot load nowhere"), ("--data", "", "--data is")]
+    wrong += [("--init_from", small, "263 tokens, the model 200"), ("--device", "abacus", "abacus")]
+    wrong += [("--base", tmp_path / "odd", "--base must"), ("--max_new_tokens", 400, "n_positions")]
+    wrong += [("--out_dir", ROOT / "LICENSE" / "x", "LICENSE")]
     for flag, value, word in wrong:
         assert word in error_of(*argv, flag, value), (flag, value)
-    unscored = write_rows(tmp_path / "d", [row])
     assert "needs a score" in error_of(*argv, "--data", unscored, "--keep", "best")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3")):
-        monkeypatch.setenv(name, value)
-    assert "multiple of the 3" in error_of(*argv) and not (tmp_path / "out").exists()
+    with monkeypatch.context() as context:
+        context.setenv("WORLD_SIZE", "3")
+        assert "multiple of the 3" in error_of(*argv)
+    assert not (tmp_path / "out").exists()
+
+    def full(*_):
+        raise RuntimeError("not enough memory: you tried to allocate memory")
+
+    monkeypatch.setattr(train, "update", full)
+    assert "the memory is full; lower --micro_batch" in error_of(*argv)
