@@ -1,17 +1,15 @@
 """What gpt2/data.py guarantees about rows, encodings and minibatches. CPU only, offline."""
 
 import json
-import random
 import re
 
 import pytest
-import torch
 
 from data.scoring import contains
-from gpt2.conftest import BYTES, ROOT, same, small_gpt, write_rows, write_vocabulary
-from gpt2.data import TEMPLATES, RowReader, minibatch, read_template, scored
+from gpt2.conftest import BYTES, ROOT, write_rows, write_vocabulary
+from gpt2.data import TEMPLATES, RowReader, minibatch, read_template
 from gpt2.tokenizer import load_tokenizer
-from sdft import completion_logits, teacher_context
+from sdft import teacher_context
 
 ROW = {"prompt": "Where?\n", "demonstration": "In the hat.", "article": "A hat.", "answer": "hat"}
 
@@ -134,20 +132,6 @@ def test_minibatches_are_shuffled_epochs():
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
     assert minibatch(10, 4, 7, seed=1) == stream[28:32] != minibatch(10, 4, 7, seed=2)
     assert sorted(minibatch(3, 6, 0, seed=0)) == [0, 0, 1, 1, 2, 2]  # more places than rows
-
-
-def test_what_does_not_fit_together_is_scored_in_turn():
-    """A long prompt beside a long completion; nothing is lost or reordered, and padding masked."""
-    model, r, prompts, completions = small_gpt(block_size=20), random.Random(0), [], []
-    for n in (r.randint(1, 19) for _ in range(50)):
-        prompts.append([1] * n)
-        completions.append([2 + n] * r.randint(1, 20 - n))
-    parts = list(scored(model, list(zip(prompts, completions)), 256, 3))
-    seen = [row[m].tolist() for _, tokens, mask in parts for row, m in zip(tokens, mask)]
-    assert seen == completions and max(len(part[1]) for part in parts) == 3
-    assert all((tokens[~mask] == 256).all() for _, tokens, mask in parts)
-    logits = completion_logits(model, prompts[-1:], torch.tensor(completions[-1:]))[0]
-    same(parts[-1][0][-1, : len(logits)], logits, atol=1e-4)
 
 
 def test_the_shipped_data_is_valid():
