@@ -158,44 +158,39 @@ def their_updates(label, folder, B, P, C, steps):
     return ends
 
 
-def table(rollouts, updates):
-    """Of rollouts {dtype: [theirs, ours]} in seconds, and updates {label: [seconds, MiB]}."""
+def table(rows):
+    """Markdown of (what, theirs, ours)."""
+    number = lambda x: f"{x:,.2f}" if x < 20 else f"{x:,.0f}"
     lines = ["| | transformers / TRL | ours | ours / theirs |", "|---|---:|---:|---:|"]
+    lines += [f"| {what} | {number(a)} | {number(b)} | {b / a:.2f} |" for what, a, b in rows]
+    return "\n".join(lines)
 
-    def add(what, digits, theirs, ours):
-        cells = f"{theirs:,.{digits}f} | {ours:,.{digits}f} | {ours / theirs:.2f}"
-        lines.append(f"| {what} | {cells} |")
 
+def compared(folder, updates):
+    """Rows of the table, of {label: (seconds, MiB)} of the updates, and of rollouts."""
     B, P, C = ROLLOUT
-    for dtype, seconds in rollouts.items():
-        add(f"rollout {B} × ({P} + {C}), {dtype}, tokens/s", 0, *(B * C / s for s in seconds))
+    for dtype in ("float32", "bfloat16"):
+        seconds = rollout_seconds(folder, getattr(torch, dtype))
+        yield f"rollout {B} × ({P} + {C}), {dtype}, tokens/s", *(B * C / s for s in seconds)
     B, P, C = UPDATE
     for i, what in enumerate([f"update {B} × ({P} + {C}), s", "peak memory of it, MiB"]):
         for pair in COMPARED:
-            add(f"{what}: {', '.join(pair)}", 0 if i else 2, *(updates[x][i] for x in pair))
-    return "\n".join(lines)
+            yield f"{what}: {', '.join(pair)}", *(updates[label][i] for label in pair)
 
 
 def bench(student, peers):
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up in the network
-    theirs = [label for label, _ in COMPARED] if peers else []
-    try:
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
-    except ImportError as e:
-        raise ValueError(f"--peers needs {e.name}: pip install {' '.join(PACKAGES)}") from None
-    updates, rollouts = dict.fromkeys([*theirs, *OURS]), {}
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
+    print(", ".join([cpu, f"torch {torch.__version__}", *versions]))
+    theirs, updates = [label for label, _ in COMPARED] if peers else [], {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_model(student, folder)
-        for label in updates:
-            updates[label] = in_a_process(update, label, folder, UPDATE)
-            took, peak = updates[label]
+        for label in dict.fromkeys([*theirs, *OURS]):
+            took, peak = updates[label] = in_a_process(update, label, folder, UPDATE)
             print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
-        for dtype in ("float32", "bfloat16") if peers else ():
-            rollouts[dtype] = rollout_seconds(folder, getattr(torch, dtype))
-    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    print(f"\n{', '.join([cpu, f'torch {torch.__version__}', *versions])}\n")
-    if peers:
-        print(table(rollouts, updates))
+        if peers:
+            print(f"\n{table(compared(folder, updates))}")
 
 
 def main(argv=None):
@@ -210,7 +205,10 @@ def main(argv=None):
             student = GPT(GPTConfig(1024, 50257, *GPT2_SIZES[args.init_from]))
         else:
             student = checkpoint.load_model(args.init_from)
-        bench(student, args.peers)
+        try:
+            bench(student, args.peers)
+        except ImportError as e:
+            raise ValueError(f"--peers needs {e.name}: pip install {' '.join(PACKAGES)}") from None
 
 
 if __name__ == "__main__":

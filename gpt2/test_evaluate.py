@@ -54,12 +54,17 @@ def scores(model, base=None, batch_size=2, **sets):
     return evaluate.evaluate(model, sets, BYTES, 8, batch_size, base)
 
 
-def test_matches_lengths_and_their_sets():
-    """Exact and lenient of "test", lenient of the others; an empty set has no score."""
+def test_matches_lengths_and_their_sets(monkeypatch, capsys):
+    """Exact and lenient of "test", lenient of the others; an empty set has no score.
+
+    An evaluation that takes long says how far it is.
+    """
     model = Table("1ab.$", "2c d$", "3$", "4xx")  # which answer nothing to 3, and no end to 4
     test = [row("Q1", "AB"), row("Q2", "c d"), row("2", "d"), row("3", "y"), row("4", "x")]
     ood = [row("1", "ab"), row("1", "b"), row("2", "c"), row("3", "c")]
-    out = scores(model, test=test, ood=ood)
+    monkeypatch.setattr(evaluate, "PATIENCE", -1)
+    out, said = scores(model, test=test, ood=ood), capsys.readouterr().out.splitlines()
+    assert said[:3] == [f"evaluating test: {n} of 5 rows" for n in (0, 2, 4)]
     assert out["exact"] == pytest.approx(2 / 5) and out["lenient"] == pytest.approx(3 / 5)
     assert out["length"] == pytest.approx((4 + 4 + 4 + 1 + 8) / 5)  # with the end token
     assert out["ood"] == pytest.approx(2 / 4) and out["kl_to_base"] == 0
@@ -96,13 +101,6 @@ def test_every_token_of_an_answer_must_be_likeliest():
     for question, right in zip(questions, answers.values()):
         assert scores(model, questions=[question])["prior_acc"] == right
     assert scores(model, questions=questions, batch_size=5)["prior_acc"] == pytest.approx(3 / 7)
-
-
-def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "PATIENCE", -1)
-    scores(Table(), test=[row("1", "a")] * 5)
-    expected = [f"evaluating test: {n} of 5 rows" for n in (0, 2, 4)]
-    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_report_shows_runs_beside_their_base(tmp_path):

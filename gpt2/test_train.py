@@ -311,18 +311,10 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     small = shutil.copytree(base, tmp_path / "small")
     checkpoint.save_model(small_gpt(vocab_size=200), small)
     unscored = write_rows(tmp_path / "d", [row])
-    wrong = [(f"--{name}", "-1", f"--{name}") for name in CHANGED]
-    wrong += [("--lr", "nan", "--lr"), ("--teacher", "other", "--teacher"), ("--step", 1, "--step")]
-    wrong += [
-        ("--lora_rank", 0, "--lora"),
-        ("--batch_size", 999999, "--batch"),
-        ("--steps", 1.5, "int"),
-    ]
-    wrong += [
-        ("--temperature", 0.009, "--temp"),
-        ("--skip_tokens", 6, "--skip"),
-        ("--out_dir", "", "--out"),
-    ]
+    values = [(f"--{name}", -1) for name in CHANGED] + [("--lr", "nan"), ("--lora_rank", 0)]
+    values += [("--teacher", "other"), ("--step", 1), ("--out_dir", ""), ("--steps", 1.5)]
+    values += [("--batch_size", 999999), ("--temperature", 0.009), ("--skip_tokens", 6)]
+    wrong = [(flag, value, flag) for flag, value in values]  # by argparse, which names the flag
     wrong += [(f"--{name}", "nope", "nope") for name in ("test", "ood", "eval", "old")]
     wrong += [("--teacher_template", "nope", "nope"), ("--data", os.devnull, "no rows")]
     wrong += [("--init_from", "nowhere", "cannot load nowhere"), ("--data", "", "--data is")]
