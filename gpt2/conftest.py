@@ -59,7 +59,7 @@ def flags(base, data, out, *more, steps=4):
     argv = ["--init_from", base, "--data", data / "train.jsonl", "--ood", data / "ood.jsonl"]
     argv += ["--eval", data / "prior.jsonl", "--out_dir", out, "--device", "cpu"]
     argv += f"--steps {steps} --batch_size 4 --max_new_tokens 6 --lr 1e-3 --warmup 2".split()
-    argv += "--log_every 1 --eval_every 2 --save_every 2".split()
+    argv += "--log_every 1 --eval_every 2 --save_every 2 --skip_long".split()
     return [str(word) for word in [*argv, *more]]
 
 
@@ -107,7 +107,8 @@ def data(tmp_path_factory):
         rows[i] |= {"answer": str(i), "article": f"Article {i}."}
     del rows[1]["answer"]
     write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "ood.jsonl", [{"prompt": "And 3?\n", "answer": "3"}])
+    ood = [{"prompt": prompt, "answer": "3"} for prompt in ("And 3?\n", "too long" * 50)]
+    write_rows(folder / "ood.jsonl", ood)
     prior = [{"text": "The cat sat in the hat."}, {"prompt": "one, two", "answer": ", three"}]
     write_rows(folder / "prior.jsonl", prior)
     return folder

@@ -27,11 +27,12 @@ def weights(out):
     return load_model(str(out)).state_dict()
 
 
-def metrics(out, *without):
-    """metrics.jsonl without what the clock wrote."""
-    skip = ("tokens_per_s", "seconds", *without)
+def metrics(out):
+    """The updates and the evaluations of metrics.jsonl, without what the clock wrote."""
     rows = files.read(out / "metrics.jsonl")[0]
-    return [{k: v for k, v in row.items() if k not in skip} for row in rows]
+    of_clock = ("tokens_per_s", "seconds")
+    rows = [{k: v for k, v in row.items() if k not in of_clock} for row in rows]
+    return [row for row in rows if "loss" in row], [row for row in rows if "eval" in row]
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +74,13 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(kind, tmp_path, base
     """Bit for bit: weights, teacher, log, scores, samples, and which steps are written."""
     out, template, old = tmp_path / "out", tmp_path / "t.txt", data / "ood.jsonl"
     template.write_text("{article} or {demonstration}? {prompt}")
-    rows = [{"prompt": prompt, "answer": "5"} for prompt in ("Of 5?\n", "Q" * 400)]
-    test = write_rows(tmp_path / "test.jsonl", rows)
-    own = ["--test", test, "--teacher_template", template]
     argv = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
-    argv += [
-        "--skip_long",
-        "--old",
-        old,
-        *(own if kind == "ema" else ["--teacher_reads", "article"]),
-    ]
     argv += ["--method", "sft"] if kind == "sft" else ["--teacher", kind]
-    train.main(flags(base, data, out, *argv))
+    if kind == "ema":
+        argv += ["--test", old, "--teacher_template", template]
+    else:
+        argv += ["--teacher_reads", "article"]
+    train.main(flags(base, data, out, *argv, "--old", old))
     cut = "note: the first 3 of 5 rows of test are evaluated (--eval_rows)"
     assert (cut in capsys.readouterr().out.splitlines()) == (kind != "ema")
 
@@ -93,12 +89,10 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(kind, tmp_path, base
     reader = RowReader(tokenizer, 320, 7, text, skip_long=True)
     texts, questions = ([row] for row in reader.read(data / "prior.jsonl", reader.prior))
     sets = {"train": reader.read(data / "train.jsonl", reader.training), "texts": texts}
-    sets |= {
-        "test": [sets["train"][i] for i in (0, 2, 3)],
-        "questions": questions,
-    }  # one has no answer
-    sets |= {"test": reader.read(test, reader.task)} if kind == "ema" else {}
-    sets |= {name: reader.read(old, reader.task) for name in ("ood", f"old {old}")}
+    ood = reader.read(old, reader.task)
+    answered = [sets["train"][i] for i in (0, 2, 3)]  # as many as --eval_rows
+    sets |= {"test": ood if kind == "ema" else answered, "questions": questions}
+    sets |= {"ood": ood, f"old {old}": ood}
     student = fast.save_memory(load_model(base))
     start, teacher = (lora.share(student).requires_grad_(False) for _ in range(2))
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.5, fused=True)
@@ -144,9 +138,7 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(kind, tmp_path, base
     moves = kind in ("ema", "live")
     same(load_run(out)["teacher"], dict(teacher.state_dict()) if moves else {})
     assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
-    rows = metrics(out)
-    assert [row for row in rows if "eval" in row] == close(looks)
-    assert [row for row in rows if "loss" in row] == close(logged)
+    assert metrics(out) == (close(logged), close(looks))
     assert files.read(out / "samples.jsonl")[0] == samples and samples[-1]["tokens"]
     assert read_json(out / "results.json")["final"] == looks[-1]["eval"]
 
@@ -164,17 +156,28 @@ def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data
 
 
 def test_keep_best_keeps_the_best_evaluation(base, data, tmp_path, monkeypatch):
-    """Not the base's, not a later one that is only as good, and not the last; also if resumed."""
-    out, scores = tmp_path / "out", [0.9, 0.5, 0.7]
+    """Not the base's, not a later one that is only as good, and not the last; also if resumed.
+
+    The base's tokenizer and settings go with the weights, and its end token, not the last one.
+    """
+    own, out, scores = tmp_path / "base", tmp_path / "out", [0.9, 0.5, 0.7]
+    checkpoint.save_model(small_gpt(vocab_size=320, noise=0.2), own)  # a padded vocabulary
+    write_vocabulary(own)
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {"eos_token_id": 262, "bos_token_id": 262, "temperature": 0.5}
+    checkpoint.write_json(own / "generation_config.json", settings | {"eos_token_id": 319})
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"lenient": scores.pop(0)})
     with pytest.raises(IndexError):  # in the evaluation at step 6
-        train.main(flags(base, data, out, "--keep", "best", steps=8))
+        train.main(flags(own, data, out, "--keep", "best", steps=8))
     best, scores[:] = load_run(out), [0.7, 0.6]
     resume(out)
     assert best["step"] == 4
-    same(weights(out / "best"), best["student"])
-    same(weights(out), load_run(out)["student"])
-    assert (out / "best" / "vocab.json").read_bytes() == (base / "vocab.json").read_bytes()
+    for folder, student in ((out / "best", best["student"]), (out, load_run(out)["student"])):
+        same(weights(folder), student)
+        for name in ("vocab.json", "merges.txt", "chat_template.jinja"):
+            assert (folder / name).read_bytes() == (own / name).read_bytes()
+        assert read_json(folder / "config.json")["eos_token_id"] == 262
+        assert read_json(folder / "generation_config.json") == settings
 
 
 @pytest.mark.parametrize("step, more", [(0, ""), (4, ""), (6, ""), (4, "--lora_rank 3 --lr 1e-2")])
@@ -241,7 +244,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data, monkeypatch)
     for a, b in zip(*moments, strict=True):
         same(a["exp_avg"], b["exp_avg"], atol=0.01 * a["exp_avg"].abs().max().item() + 1e-7)
     same(weights(two), weights(one), atol=3e-4)
-    for a, b in zip(*(metrics(out, "eval", "warnings") for out in (two, one)), strict=True):
+    for a, b in zip(metrics(two)[0], metrics(one)[0], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
     assert printed.count("| base |") == 1 == printed.count("rows, 4 a step")
 
@@ -282,26 +285,6 @@ def test_help_prints_on_a_console_of_windows(program, capsys):
     with pytest.raises(SystemExit, match="0"):
         program.main(["--help"])
     assert len(capsys.readouterr().out.encode("cp1252").splitlines()) > 10
-
-
-def test_tokens_and_end_are_those_of_the_base(tmp_path, data):
-    """In memory and in the folders that are written: a padded vocabulary, end token 0."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    base, out = tmp_path / "base", tmp_path / "out"
-    checkpoint.save_model(small_gpt(vocab_size=320, noise=0.2), base)
-    own = transformers.GPT2TokenizerFast.from_pretrained(write_vocabulary(base))
-    own = own.train_new_from_iterator([(data / "train.jsonl").read_text()], 263)
-    own.chat_template = "{{ messages }}"
-    own.save_pretrained(base)
-    settings = {"eos_token_id": 319, "temperature": 0.5}
-    checkpoint.write_json(base / "generation_config.json", settings)
-    train.main(flags(base, data, out, "--keep", "best", "--eval_every", 1, steps=2))
-    settings |= dict(eos_token_id=0, bos_token_id=0)
-    for folder in (out, out / "best"):
-        assert read_json(folder / "config.json")["eos_token_id"] == 0
-        assert read_json(folder / "generation_config.json") == settings
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            assert (folder / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypatch):
