@@ -72,11 +72,10 @@ def rewind(path, step, last):
     """
     if not path.exists():
         return []
-    rows = [
-        row for row in files.read(path)[0] if type(row.get("step")) is int and row["step"] <= step
-    ]
+    rows = [row for row in files.read(path)[0] if type(row.get("step")) is int]
     of_look = {"eval", "tokens"}  # in metrics.jsonl and in samples.jsonl
-    rows = [row for row in rows if row["step"] != last or not of_look & row.keys()]
+    again = lambda row: row["step"] > step or (row["step"] == last and of_look & row.keys())
+    rows = [row for row in rows if not again(row)]
 
     def write(tmp):
         tmp.write_bytes(b"")  # whatever a kill has left there

@@ -56,10 +56,8 @@ def read_jsonl(path):
             if not isinstance(row, dict):
                 raise TypeError(f"{type(row).__name__} in place of an object")
         except (ValueError, TypeError, RecursionError) as e:
-            reason = str(e)[:80]
-            raise ValueError(
-                f"{where}: not JSON in UTF-8 ({reason}); write one object {{...}} a line"
-            ) from None
+            problem = f"not JSON in UTF-8 ({str(e)[:80]}); write one object {{...}} a line"
+            raise ValueError(f"{where}: {problem}") from None
         row = {name: value for name, value in row.items() if value is not None}
         if "messages" in row:
             raise ValueError(f"{where}: messages are not read; write prompt and demonstration")

@@ -303,12 +303,12 @@ def measure(run):
         teacher = None if run.teacher is None else fast.RolloutGPT(run.teacher)
         models = student, teacher, student if base is None else fast.RolloutGPT(base)
         rows = evaluate.rows_to_watch(run.sets, student.config.block_size - n)
+        inputs = *models, rows, tokenizer.decode, contains, n, tokenizer.eos_id
         options = {"divergence": args.divergence, "temperature": args.temperature}
         options |= {"rollout": rollout, "batch_size": 8}  # rows whose logits are all in memory
-        options |= {"phase": args.method, "skill": None, "step": run.step}
-        inputs = *models, rows, tokenizer.decode, contains, n, tokenizer.eos_id
-        seen, samples = watch.look(*inputs, **options)
-    row = {"phase": args.method, "step": run.step, "eval": scores} | seen
+        about = {"phase": args.method, "step": run.step}
+        seen, samples = watch.look(*inputs, **options, **about, skill=None)
+    row = about | {"eval": scores} | seen
     for name, score in (("new", "lenient"), ("prior", "prior_acc")):  # as data/watch.py names them
         row |= {name: scores[score]} if score in scores else {}
     row["warnings"] = watch.warnings([*run.looks, row])
