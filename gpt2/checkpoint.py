@@ -16,11 +16,6 @@ from gpt2 import lora
 from gpt2.tokenizer import FILES, read_json
 from model import COMPUTED, GPT, GPT2_SIZES, SIZES
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = (*FILES, "chat_template.jinja", "chat_template.json")
 STATE = {"argv", "step", "base_scores", "student", "teacher", "optimizer"}  # of a checkpoint
@@ -35,12 +30,14 @@ def locked(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = None
     try:
+        import fcntl  # not on Windows
+
         descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another run is writing to {folder}; wait for its end") from None
-    except (AttributeError, OSError):  # Windows, or a file system without locks
+    except (ImportError, OSError):  # or a file system without locks
         print(f"note: {folder} cannot be locked here; do not start a second run in it")
     try:
         yield

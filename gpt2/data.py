@@ -37,13 +37,6 @@ def read_template(path):
     return template
 
 
-def fill_template(template, row):
-    """The teacher's text. Only the default template does without an article if there is none."""
-    if template == TEMPLATES["both"] and "article" not in row:
-        template = TEMPLATES["demonstration"]
-    return PLACEHOLDER.sub(lambda match: text_of(row, match[1]), template)
-
-
 def read_jsonl(path):
     """The objects of a JSONL file, which may be a pipe, each with `where` it stands."""
     rows = []
@@ -103,7 +96,10 @@ class RowReader:
     def training(self, line):
         """prompt and what the template and SFT need; an answer is optional."""
         row = self.task(line, answered="answer" in line)
-        row["teacher_prompt"] = fill_template(self.template, line)
+        template = self.template
+        if template == TEMPLATES["both"] and "article" not in line:  # no other does without it
+            template = TEMPLATES["demonstration"]
+        row["teacher_prompt"] = PLACEHOLDER.sub(lambda match: text_of(line, match[1]), template)
         row["teacher_ids"] = self.encode(row["teacher_prompt"])
         row["need"] = max(row["need"], len(row["teacher_ids"]) + self.max_new_tokens)
         row["demonstration"] = ""

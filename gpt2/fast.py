@@ -193,10 +193,8 @@ def completion_hidden(model, prompts, completions):
 
 
 @torch.no_grad()
-def chunked_sdft_loss(
-    hidden, head, teacher_hidden, teacher_head, mask, divergence="reverse", chunk=CHUNK
-):
-    """`sdft.sdft_loss` and its gradients, with the logits of `chunk` tokens at a time.
+def chunked_sdft_loss(hidden, head, teacher_hidden, teacher_head, mask, divergence="reverse"):
+    """`sdft.sdft_loss` and its gradients, with the logits of CHUNK tokens at a time.
 
     hidden, teacher_hidden  (B, C, D), (B, C, D')  final hidden states of both roles
     head, teacher_head      (V, D), (V, D')        weights of their output layers
@@ -215,8 +213,8 @@ def chunked_sdft_loss(
     if torch.is_autocast_enabled(device):  # It would cast both output layers for every chunk.
         operands = [w.to(torch.get_autocast_dtype(device)) for w in operands]
     states, head, teacher_states, teacher_head = operands
-    for start in range(0, len(states), chunk):
-        rows = slice(start, start + chunk)
+    for start in range(0, len(states), CHUNK):
+        rows = slice(start, start + CHUNK)
         logits = F.linear(states[rows], head)  # (n, V)
         teacher_logits = F.linear(teacher_states[rows], teacher_head)  # (n, V)
         with torch.enable_grad():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import sdft
 from gpt2 import fast
 from gpt2.conftest import same, small_gpt
-from sdft import completion_logits, left_pad, sdft_loss
+from sdft import completion_logits, left_pad
 
 PROMPTS = [[3, 5, 7], [11], [13, 17, 19, 23]]
 TEACHER_PROMPTS = [[29, 31, *p] for p in PROMPTS]
@@ -97,26 +97,6 @@ def test_rollout_in_bfloat16_decodes_what_the_student_computes():
     same(torch.stack(logits, 1).float(), expected, **close)
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
-@pytest.mark.parametrize("lengths", [[5, 2, 0, 3], [0, 0, 0, 0]], ids=["ragged", "no tokens"])
-def test_chunked_loss_equals_the_textbook_loss(divergence, lengths, monkeypatch):
-    """Loss, divergences and both gradients, all 0 without tokens; a teacher of any width."""
-    torch.manual_seed(0)
-    hidden, head = torch.randn(4, 5, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    teacher = torch.randn(4, 5, 6), torch.randn(50, 6, requires_grad=True)
-    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    loss, info = sdft_loss(F.linear(hidden, head), F.linear(*teacher), mask, divergence)
-    expected = loss, info["divergence"], *torch.autograd.grad(loss, (hidden, head))
-    sizes = []
-    counted = lambda p, *rest: sizes.append(len(p)) or sdft.token_divergence(p, *rest)
-    monkeypatch.setattr(fast, "token_divergence", counted)
-    chunked = fast.chunked_sdft_loss(hidden, head, *teacher, mask, divergence, 4)
-    assert max(sizes, default=0) <= 4 and sum(sizes) == sum(lengths)
-    same(chunked, expected, rtol=1e-5, atol=1e-6)
-    frozen = fast.chunked_sdft_loss(hidden, head.detach(), *teacher, mask, divergence, 4)
-    assert frozen[3] is None and frozen[2].equal(chunked[2])
-
-
 def test_memory_is_saved(monkeypatch):
     """GELU is computed again for the backward pass; the embedding's gradient has 3 rows, not 97."""
     gelu, calls = F.gelu, []
@@ -138,15 +118,18 @@ def test_freed_memory_is_used_again():
     assert min(mapped) < 1000
 
 
-OPTIONS = [dict(), dict(divergence="forward", skip_tokens=2, alpha=0.5)]
+OPTIONS = [dict(), dict(divergence="forward", skip_tokens=4, alpha=0.5)]
 OPTIONS += [dict(divergence="jsd", temperature=0.7, grad_clip=0.01, alpha=0.0)]
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "forward", "jsd"])
-def test_train_step_equals_the_textbook_step(micro_batch, options, textbook_draws):
-    """Tokens, masks, loss, divergences, student and teacher."""
-    inputs = PROMPTS, TEACHER_PROMPTS, 9, EOS
+def test_train_step_equals_the_textbook_step(micro_batch, options, textbook_draws, monkeypatch):
+    """Tokens, masks, loss, divergences, student and teacher, with at most 4 tokens' logits."""
+    inputs, sizes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), []
+    counted = lambda p, *rest: sizes.append(len(p)) or sdft.token_divergence(p, *rest)
+    monkeypatch.setattr(fast, "token_divergence", counted)
+    monkeypatch.setattr(fast, "CHUNK", 4)
     student, teacher, optimizer = roles()
     loss, info = sdft.train_step(student, teacher, optimizer, *inputs, **options)
     expected = loss, info, student.state_dict(), teacher.state_dict()
@@ -158,6 +141,7 @@ def test_train_step_equals_the_textbook_step(micro_batch, options, textbook_draw
         seen = loss, info, student.state_dict(), teacher.state_dict()
         same(seen, expected, rtol=1e-5, atol=1e-6)
         assert not torch.equal(seen[2]["wte.weight"], tiny(0).wte.weight)
+    assert max(sizes) <= 4 and sum(sizes) == 2 * info["loss_mask"].sum()
 
 
 SPLITS = [(None, 32, [3]), (2, 32, [2, 1]), (None, 9, [3]), (None, 8, [2, 1]), (3, 7, [1, 1, 1])]

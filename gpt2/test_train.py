@@ -258,7 +258,7 @@ def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole, monkeypat
     assert not out.exists()  # it was empty
     assert "already holds a run" in error_of(*flags(base, data, whole))
     names = "metrics.jsonl samples.jsonl config.json generation_config.json vocab.json best adapter"
-    monkeypatch.setattr(checkpoint, "fcntl", None)  # as on Windows, which has no such locks
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows, which has no such locks
     for name in [*names.split(), "tokenizer.json", "chat_template.jinja", "pytorch_model.bin"]:
         (tmp_path / name).write_text("precious")
         for more in ([], ["--resume"]):
