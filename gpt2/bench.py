@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
+from data import files
 from gpt2 import checkpoint, fast, lora, train
 from model import GPT, GPT2_SIZES, GPTConfig
 
 NO_END = -1  # in place of an end token: every response has its full length
-PACKAGES = {"transformers": "5.24.0", "trl": "1.16.0"}
+PACKAGES = ("transformers", "trl")  # of --peers
 ROLLOUT, UPDATE = (8, 64, 64), (8, 32, 32)  # --peers: rows, tokens of a prompt, of a response
 OURS = {  # label: settings of gpt2.train
     "ours float32": ["--dtype", "float32"],
@@ -47,13 +48,17 @@ TRL |= {"gradient_accumulation_steps": 1, "use_cpu": True, "report_to": "none"}
 TRL |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 
-def median_seconds(f, repeats=5):
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+def ends_of(f, n):
+    """When each of n calls ended."""
+    ends = []
+    for _ in range(n):
         f()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        ends.append(time.perf_counter())
+    return ends
+
+
+def median_seconds(ends):
+    return statistics.median(b - a for a, b in zip(ends, ends[1:]))
 
 
 def peak_memory():
@@ -82,7 +87,7 @@ def rollout_seconds(folder, dtype):
     theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
     theirs.generation_config.eos_token_id = None
     student = GPT.from_pretrained(folder)
-    ours = fast.RolloutGPT.of(student, dtype)
+    ours = fast.RolloutGPT(student, dtype)
     prompts = torch.randint(student.config.vocab_size, (B, P))
 
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
@@ -92,24 +97,21 @@ def rollout_seconds(folder, dtype):
         generators = fast.row_generators(0, 0, range(B), "cpu")
         fast.rollout(ours, prompts.tolist(), C, NO_END, 1.0, generators)
 
-    return [median_seconds(f) for f in (lambda: theirs.generate(prompts, **options), roll_out)]
+    both = lambda: theirs.generate(prompts, **options), roll_out
+    return [median_seconds(ends_of(f, 6)) for f in both]
 
 
-def update(label, folder, shape, steps=3):
+def update(label, folder, shape):
     """Median seconds of the updates after the first, and MiB of this process's peak."""
     if label in OURS or "freed memory kept" in label:
         fast.keep_freed_memory()
-    if label in OURS:
-        took = median_seconds(our_update(OURS[label], folder, *shape), steps)
-    else:
-        ends = their_updates(label, folder, *shape, steps + 1)
-        took = statistics.median(b - a for a, b in zip(ends, ends[1:]))
-    return took, peak_memory()
+    updates = our_updates if label in OURS else their_updates
+    return median_seconds(updates(label, folder, *shape, steps=4)), peak_memory()
 
 
-def our_update(settings, folder, B, P, C):
-    """A function that makes one update on B rows of random tokens."""
-    args, device = train.parse_args(["--out_dir", "unused", *settings]), torch.device("cpu")
+def our_updates(label, folder, B, P, C, steps):
+    """When each of our updates ended."""
+    args, device = train.parse_args(["--out_dir", "unused", *OURS[label]]), torch.device("cpu")
     student = fast.save_memory(GPT.from_pretrained(folder))
     if args.lora_rank:
         lora.add_adapters(student, args.lora_rank, args.lora_alpha)
@@ -122,7 +124,7 @@ def our_update(settings, folder, B, P, C):
         with train.autocast(args, device):
             fast.train_step(*roles, *contexts, C, NO_END, **options)
 
-    return one
+    return ends_of(one, steps)
 
 
 def their_updates(label, folder, B, P, C, steps):
@@ -156,39 +158,39 @@ def their_updates(label, folder, B, P, C, steps):
     return ends
 
 
-def table(rollouts, updates):
-    """Of rollouts {dtype: [theirs, ours]} in seconds, and updates {label: [seconds, MiB]}."""
+def table(rows):
+    """Markdown of (what, theirs, ours)."""
+    number = lambda x: f"{x:,.2f}" if x < 20 else f"{x:,.0f}"
     lines = ["| | transformers / TRL | ours | ours / theirs |", "|---|---:|---:|---:|"]
+    lines += [f"| {what} | {number(a)} | {number(b)} | {b / a:.2f} |" for what, a, b in rows]
+    return "\n".join(lines)
+
+
+def compared(folder, updates):
+    """Rows of the table, of {label: (seconds, MiB)} of the updates, and of rollouts."""
     B, P, C = ROLLOUT
-    for dtype, (theirs, ours) in rollouts.items():
-        cells = f"{B * C / theirs:,.0f} | {B * C / ours:,.0f} | {theirs / ours:.2f}"
-        lines.append(f"| rollout {B} × ({P} + {C}), {dtype}, tokens/s | {cells} |")
+    for dtype in ("float32", "bfloat16"):
+        seconds = rollout_seconds(folder, getattr(torch, dtype))
+        yield f"rollout {B} × ({P} + {C}), {dtype}, tokens/s", *(B * C / s for s in seconds)
     B, P, C = UPDATE
     for i, what in enumerate([f"update {B} × ({P} + {C}), s", "peak memory of it, MiB"]):
         for pair in COMPARED:
-            theirs, ours = (updates[label][i] for label in pair)
-            cells = " | ".join(f"{x:,.0f}" if i else f"{x:,.2f}" for x in (theirs, ours))
-            lines.append(f"| {what}: {', '.join(pair)} | {cells} | {ours / theirs:.2f} |")
-    return "\n".join(lines)
+            yield f"{what}: {', '.join(pair)}", *(updates[label][i] for label in pair)
 
 
 def bench(student, peers):
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up in the network
-    theirs = [label for label, _ in COMPARED] if peers else []
-    updates, rollouts = dict.fromkeys([*theirs, *OURS]), {}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_model(student, folder)
-        for label in updates:
-            updates[label] = in_a_process(update, label, folder, UPDATE)
-            took, peak = updates[label]
-            print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
-        for dtype in ("float32", "bfloat16") if peers else ():
-            rollouts[dtype] = rollout_seconds(folder, getattr(torch, dtype))
     cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
-    print(f"\n{', '.join([cpu, f'torch {torch.__version__}', *versions])}\n")
-    if peers:
-        print(table(rollouts, updates))
+    print(", ".join([cpu, f"torch {torch.__version__}", *versions]))
+    theirs, updates = [label for label, _ in COMPARED] if peers else [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_model(student, folder)
+        for label in dict.fromkeys([*theirs, *OURS]):
+            took, peak = updates[label] = in_a_process(update, label, folder, UPDATE)
+            print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
+        if peers:
+            print(f"\n{table(compared(folder, updates))}")
 
 
 def main(argv=None):
@@ -197,18 +199,16 @@ def main(argv=None):
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
     args = p.parse_args(argv)
-    try:
-        torch.manual_seed(0)
+    torch.manual_seed(0)
+    with files.errors_in_a_sentence("interrupted"):
         if args.init_from in GPT2_SIZES:
             student = GPT(GPTConfig(1024, 50257, *GPT2_SIZES[args.init_from]))
         else:
             student = checkpoint.load_model(args.init_from)
-        bench(student, args.peers)
-    except ImportError as e:
-        command = " ".join(f"{package}=={version}" for package, version in PACKAGES.items())
-        sys.exit(f"error: --peers needs {e.name}: pip install {command}")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        try:
+            bench(student, args.peers)
+        except ImportError as e:
+            raise ValueError(f"--peers needs {e.name}: pip install {' '.join(PACKAGES)}") from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -13,12 +14,7 @@ from data import files
 from data.files import write_tensors, write_whole
 from gpt2 import lora
 from gpt2.tokenizer import FILES, read_json
-from model import COMPUTED, GPT, GPT2_SIZES
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from model import COMPUTED, GPT, GPT2_SIZES, SIZES
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = (*FILES, "chat_template.jinja", "chat_template.json")
@@ -34,12 +30,14 @@ def locked(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = None
     try:
+        import fcntl  # not on Windows
+
         descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another run is writing to {folder}; wait for its end") from None
-    except (AttributeError, OSError):  # Windows, or a file system without locks
+    except (ImportError, OSError):  # or a file system without locks
         print(f"note: {folder} cannot be locked here; do not start a second run in it")
     try:
         yield
@@ -71,11 +69,10 @@ def rewind(path, step, last):
     """
     if not path.exists():
         return []
-    rows = [
-        row for row in files.read(path)[0] if type(row.get("step")) is int and row["step"] <= step
-    ]
+    rows = [row for row in files.read(path)[0] if type(row.get("step")) is int]
     of_look = {"eval", "tokens"}  # in metrics.jsonl and in samples.jsonl
-    rows = [row for row in rows if row["step"] != last or not of_look & row.keys()]
+    again = lambda row: row["step"] > step or (row["step"] == last and of_look & row.keys())
+    rows = [row for row in rows if not again(row)]
 
     def write(tmp):
         tmp.write_bytes(b"")  # whatever a kill has left there
@@ -94,9 +91,6 @@ def load_model(name_or_folder):
         model = GPT.from_pretrained(name_or_folder)
         if model.config.n_embd % model.config.n_head:
             raise ValueError("n_head of config.json does not divide n_embd")
-        for name, w in model.named_parameters():
-            if not w.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite")
         return model
     except Exception as e:  # whatever a missing or damaged file makes the readers raise
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -118,8 +112,7 @@ def save_model(model, folder, tokenizer=None):
     source = tokenizer and tokenizer.folder
     ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
     fields = COMPUTED | {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
-    fields |= {"n_positions": c.block_size, "vocab_size": c.vocab_size, "n_layer": c.n_layer}
-    fields |= {"n_head": c.n_head, "n_embd": c.n_embd} | ends
+    fields |= dict(zip(SIZES, astuple(c))) | ends
     name, stale, weights = *WEIGHT_FILES, model.checkpoint()
     folder.mkdir(parents=True, exist_ok=True)
     try:

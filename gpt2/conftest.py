@@ -3,6 +3,8 @@
 CPU only, offline. Every line of code that a real run takes is the same.
 """
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -18,11 +20,8 @@ ROOT = Path(__file__).parent.parent
 MERGES = ["t h", "Ġ th", "Ġth e", "i n", "a n", "Ġ 2"]  # Ġ is GPT-2's letter for a space
 EOS = 262
 
-ONE_BYTE_EACH = {bytes([i]): i for i in range(256)}
-END = {"<|endoftext|>": 256}
-BYTES = tiktoken.Encoding(
-    "bytes", pat_str=r"[\s\S]", mergeable_ranks=ONE_BYTE_EACH, special_tokens=END
-)
+ONE_BYTE_EACH = dict(pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)})
+BYTES = tiktoken.Encoding("bytes", **ONE_BYTE_EACH, special_tokens={"<|endoftext|>": 256})
 BYTES = of_encoding(BYTES)
 
 
@@ -60,48 +59,23 @@ def flags(base, data, out, *more, steps=4):
     argv = ["--init_from", base, "--data", data / "train.jsonl", "--ood", data / "ood.jsonl"]
     argv += ["--eval", data / "prior.jsonl", "--out_dir", out, "--device", "cpu"]
     argv += f"--steps {steps} --batch_size 4 --max_new_tokens 6 --lr 1e-3 --warmup 2".split()
-    argv += "--log_every 1 --eval_every 2 --save_every 2".split()
+    argv += "--log_every 1 --eval_every 2 --save_every 2 --skip_long".split()
     return [str(word) for word in [*argv, *more]]
 
 
 def error_of(*argv):
-    """The one sentence in which a run ends."""
-    with pytest.raises(SystemExit) as stopped:
+    """The one sentence in which a run ends: the exit code's, or the last line of argparse."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
         train.main([str(word) for word in argv])
-    message = str(stopped.value.code)
-    assert message.startswith("error: ") and len(message.splitlines()) == 1, message
+    message = said.getvalue().splitlines()[-1] if stopped.value.code == 2 else stopped.value.code
+    assert message.count("error: ") == 1 and len(message.splitlines()) == 1, message
     return message
-
-
-class Killed(BaseException):
-    """Nothing catches it: the files are left as kill -9 leaves them."""
-
-
-def resume(out, *more):
-    train.main(["--resume", "--out_dir", str(out), *map(str, more)])
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-def weights(out):
-    return checkpoint.load_model(str(out)).state_dict()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def same(a, b, **tolerance):
     """Bit for bit, if no tolerance is named."""
     torch.testing.assert_close(a, b, **dict(rtol=0, atol=0) | tolerance)
-
-
-def metrics(out, *without):
-    """metrics.jsonl without what the clock wrote."""
-    skip = ("tokens_per_s", "seconds", *without)
-    return [{k: v for k, v in row.items() if k not in skip} for row in lines(out / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,9 +105,10 @@ def data(tmp_path_factory):
         demonstration = f"It is {i} {'x' * (i % 4)}"
         rows.append({"prompt": f"What is {i}?\n", "demonstration": demonstration})
         rows[i] |= {"answer": str(i), "article": f"Article {i}."}
-    del rows[4]["answer"]
+    del rows[1]["answer"]
     write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "ood.jsonl", [{"prompt": "And 3?\n", "answer": "3"}])
+    ood = [{"prompt": prompt, "answer": "3"} for prompt in ("And 3?\n", "too long" * 50)]
+    write_rows(folder / "ood.jsonl", ood)
     prior = [{"text": "The cat sat in the hat."}, {"prompt": "one, two", "answer": ", three"}]
     write_rows(folder / "prior.jsonl", prior)
     return folder

@@ -2,14 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gpt2.tokenizer import Tokenizer
-from sdft import student_context, teacher_context
+from sdft import completion_logits, student_context, teacher_context
 
 FIELDS = ("prompt", "demonstration", "article", "answer", "text", "where")
 ALIASES = {"privileged_context": "demonstration", "completion": "demonstration"}
@@ -37,13 +37,6 @@ def read_template(path):
     return template
 
 
-def fill_template(template, row):
-    """The teacher's text. Only the default template does without an article if there is none."""
-    if template == TEMPLATES["both"] and "article" not in row:
-        template = TEMPLATES["demonstration"]
-    return PLACEHOLDER.sub(lambda match: text_of(row, match[1]), template)
-
-
 def read_jsonl(path):
     """The objects of a JSONL file, which may be a pipe, each with `where` it stands."""
     rows = []
@@ -56,10 +49,8 @@ def read_jsonl(path):
             if not isinstance(row, dict):
                 raise TypeError(f"{type(row).__name__} in place of an object")
         except (ValueError, TypeError, RecursionError) as e:
-            reason = str(e)[:80]
-            raise ValueError(
-                f"{where}: not JSON in UTF-8 ({reason}); write one object {{...}} a line"
-            ) from None
+            problem = f"not JSON in UTF-8 ({str(e)[:80]}); write one object {{...}} a line"
+            raise ValueError(f"{where}: {problem}") from None
         row = {name: value for name, value in row.items() if value is not None}
         if "messages" in row:
             raise ValueError(f"{where}: messages are not read; write prompt and demonstration")
@@ -96,7 +87,6 @@ class RowReader:
     template: str = TEMPLATES["both"]
     imitates: bool = False  # SFT, which needs a demonstration whatever the teacher reads
     skip_long: bool = False
-    notes: list = field(default_factory=list)  # what the user should know of the files read
 
     def encode(self, text):
         """Token ids. What cannot fit is cut off, but still too long: tiktoken panics at it."""
@@ -106,7 +96,10 @@ class RowReader:
     def training(self, line):
         """prompt and what the template and SFT need; an answer is optional."""
         row = self.task(line, answered="answer" in line)
-        row["teacher_prompt"] = fill_template(self.template, line)
+        template = self.template
+        if template == TEMPLATES["both"] and "article" not in line:  # no other does without it
+            template = TEMPLATES["demonstration"]
+        row["teacher_prompt"] = PLACEHOLDER.sub(lambda match: text_of(line, match[1]), template)
         row["teacher_ids"] = self.encode(row["teacher_prompt"])
         row["need"] = max(row["need"], len(row["teacher_ids"]) + self.max_new_tokens)
         row["demonstration"] = ""
@@ -144,9 +137,9 @@ class RowReader:
         lines = read_jsonl(path)
         rows = [make_row(line) for line in lines]
         unused = [f"{k!r} ({line['where']})" for line in lines for k in line if k not in FIELDS]
-        self.note(f"{path} has fields that are not used", unused)
+        note(f"{path} has fields that are not used", unused)
         glued = [row["where"] for row in rows if row.get("glued")]
-        self.note("prompt and demonstration meet without a space or line break", glued)
+        note("prompt and demonstration meet without a space or line break", glued)
         fit = [row for row in rows if row["need"] <= self.block_size]
         too_long = [row for row in rows if row["need"] > self.block_size]
         if too_long and not (self.skip_long and fit):
@@ -156,12 +149,14 @@ class RowReader:
                 f"--max_new_tokens, or drop such rows ({len(too_long)}) with --skip_long"
             )
         what = f"dropped rows that exceed n_positions={self.block_size} (--skip_long)"
-        self.note(what, [row["where"] for row in too_long])
+        note(what, [row["where"] for row in too_long])
         return fit
 
-    def note(self, what, places):
-        if places:
-            self.notes.append(f"{what}, {len(places)} in all, the first at {places[0]}")
+
+def note(what, places):
+    """Prints what the user should know of a file."""
+    if places:
+        print(f"note: {what}, {len(places)} in all, the first at {places[0]}")
 
 
 def minibatch(n, batch_size, step, seed):
@@ -180,15 +175,16 @@ def pad_right(sequences, eos_id, device):
     return tokens, torch.arange(C, device=device) < lengths
 
 
-def batches(pairs, size, block_size):
-    """(prompts, completions) of at most `size` pairs each.
+def scored(model, pairs, eos_id, size):
+    """Logits (B, C, V), tokens and mask (B, C) of at most `size` (prompt, completion) at a time.
 
-    A batch is smaller if its longest prompt and its longest completion do not fit together.
+    They are fewer if the longest prompt and the longest completion do not fit together.
     """
     while pairs:
-        n = min(size, len(pairs))
-        while n > 1 and sum(max(len(pair[i]) for pair in pairs[:n]) for i in (0, 1)) > block_size:
+        n, most = min(size, len(pairs)), model.config.block_size
+        while n > 1 and sum(max(len(pair[i]) for pair in pairs[:n]) for i in (0, 1)) > most:
             n -= 1
         prompts, completions = zip(*pairs[:n])
-        yield prompts, completions
+        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
+        yield completion_logits(model, prompts, tokens), tokens, mask
         pairs = pairs[n:]

@@ -10,7 +10,7 @@ import torch
 
 from data import watch
 from data.scoring import contains, is_exact
-from gpt2.data import batches, pad_right
+from gpt2.data import scored
 from sdft import completion_logits, rollout, token_divergence
 
 N_WATCHED = 24  # training rows
@@ -85,9 +85,8 @@ def kl_sum(model, base, prompts, completions, mask):
 def perplexity(model, texts, eos_id, batch_size):
     """exp of the mean nats per token, at most e^700; texts are (prompt, tokens)."""
     nll, count = 0.0, 0
-    for prompts, completions in batches(texts, batch_size, model.config.block_size):
-        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
-        log_p = completion_logits(model, prompts, tokens).float().log_softmax(-1)  # (B, C, V)
+    for logits, tokens, mask in scored(model, texts, eos_id, batch_size):
+        log_p = logits.float().log_softmax(-1)  # (B, C, V)
         nll -= (log_p.gather(2, tokens[..., None])[..., 0] * mask).sum().item()
         count += mask.sum().item()
     return math.exp(min(nll / count, 700))
@@ -96,10 +95,8 @@ def perplexity(model, texts, eos_id, batch_size):
 def likeliest(model, questions, eos_id, batch_size):
     """For every (prompt, answer): is each token of the answer the likeliest one?"""
     right = []
-    for prompts, answers in batches(questions, batch_size, model.config.block_size):
-        tokens, mask = pad_right(answers, eos_id, next(model.parameters()).device)
-        guesses = completion_logits(model, prompts, tokens).argmax(-1)  # (B, C)
-        right += ((guesses == tokens) | ~mask).all(1).tolist()
+    for logits, tokens, mask in scored(model, questions, eos_id, batch_size):
+        right += ((logits.argmax(-1) == tokens) | ~mask).all(1).tolist()
     return right
 
 

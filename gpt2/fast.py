@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sdft
 from gpt2 import lora
-from gpt2.data import batches, pad_right
+from gpt2.data import pad_right, scored
 from model import GPT, Block
-from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
+from sdft import clip_and_step, ema_update, left_pad, sft_loss, token_divergence
 
 CHUNK = 64  # tokens whose logits exist at a time
 
@@ -98,36 +98,31 @@ class PackedLinear(nn.Module):
 
 
 class RolloutGPT(GPT):
-    """A GPT that only decodes, with the weights of another: `RolloutGPT.of(model, dtype)`."""
+    """A GPT that only decodes, with the weights of another.
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.packed_head = None
+    It shares the model's memory if dtype is None or the model's own; otherwise it is a copy, which
+    has the adapters of gpt2/lora.py merged into its weights. Matrices packed on a CPU are copies of
+    the same size, freed with this model.
+    """
 
-    @classmethod
-    def of(cls, model, dtype=None):
-        """Shares the model's memory if dtype is None or the model's own; otherwise a copy.
-
-        A copy has the adapters of gpt2/lora.py merged into its weights. Matrices packed on a CPU
-        are copies of the same size, freed with this model.
-        """
+    def __init__(self, model, dtype=None):
         with torch.device("meta"):
-            rollout_model = cls(model.config)
+            super().__init__(model.config)
+        self.packed_head = None
         weights = model.state_dict()
         if dtype not in (None, model.wte.weight.dtype):
             weights = {name: w.to(dtype) for name, w in lora.merged(model)}
         elif hasattr(model, "lora"):
-            lora.add_adapters(rollout_model, *model.lora)
-        rollout_model.load_state_dict(weights, assign=True)
-        rollout_model.requires_grad_(False)
+            lora.add_adapters(self, *model.lora)
+        self.load_state_dict(weights, assign=True)
+        self.requires_grad_(False)
         del weights  # A copy's matrices are then free as soon as they are packed.
-        if PackedLinear.can_hold(rollout_model.wte.weight):
-            rollout_model.pack()
-        if rollout_model.attends_in_float32():
-            for block in rollout_model.h:
+        if PackedLinear.can_hold(self.wte.weight):
+            self.pack()
+        if self.attends_in_float32():
+            for block in self.h:
                 block.attn.c_attn.register_forward_hook(lambda layer, x, qkv: qkv.float())
                 block.attn.c_proj.register_forward_pre_hook(lambda layer, x: x[0].bfloat16())
-        return rollout_model
 
     def pack(self):
         for module in [*self.modules()]:
@@ -198,10 +193,8 @@ def completion_hidden(model, prompts, completions):
 
 
 @torch.no_grad()
-def chunked_sdft_loss(
-    hidden, head, teacher_hidden, teacher_head, mask, divergence="reverse", chunk=CHUNK
-):
-    """`sdft.sdft_loss` and its gradients, with the logits of `chunk` tokens at a time.
+def chunked_sdft_loss(hidden, head, teacher_hidden, teacher_head, mask, divergence="reverse"):
+    """`sdft.sdft_loss` and its gradients, with the logits of CHUNK tokens at a time.
 
     hidden, teacher_hidden  (B, C, D), (B, C, D')  final hidden states of both roles
     head, teacher_head      (V, D), (V, D')        weights of their output layers
@@ -220,8 +213,8 @@ def chunked_sdft_loss(
     if torch.is_autocast_enabled(device):  # It would cast both output layers for every chunk.
         operands = [w.to(torch.get_autocast_dtype(device)) for w in operands]
     states, head, teacher_states, teacher_head = operands
-    for start in range(0, len(states), chunk):
-        rows = slice(start, start + chunk)
+    for start in range(0, len(states), CHUNK):
+        rows = slice(start, start + CHUNK)
         logits = F.linear(states[rows], head)  # (n, V)
         teacher_logits = F.linear(teacher_states[rows], teacher_head)  # (n, V)
         with torch.enable_grad():
@@ -301,7 +294,7 @@ def train_step(
     micro_batch    rows per forward/backward pass; gradients accumulate, which takes less memory
     """
     with torch.autocast(student.wte.weight.device.type, enabled=False):
-        rollout_model = RolloutGPT.of(student, rollout_dtype)
+        rollout_model = RolloutGPT(student, rollout_dtype)
         completions, mask = rollout(
             rollout_model, prompts, max_new_tokens, eos_id, temperature, generators
         )
@@ -323,15 +316,13 @@ def train_step(
 
 def sft_step(student, optimizer, prompts, demonstrations, eos_id, grad_clip=1.0, micro_batch=None):
     """One SFT update on the demonstrations, B lists of token ids that end with eos_id."""
-    device, total, B = student.wte.weight.device, 0.0, len(prompts)
+    total, B = 0.0, len(prompts)
     pairs = list(zip(prompts, demonstrations))
-    for contexts, completions in batches(pairs, micro_batch or B, student.config.block_size):
-        tokens, mask = pad_right(completions, eos_id, device)
-        logits = completion_logits(student, contexts, tokens)
-        loss = sft_loss(logits, tokens, mask) * len(contexts) / B
+    for logits, tokens, mask in scored(student, pairs, eos_id, micro_batch or B):
+        loss = sft_loss(logits, tokens, mask) * len(tokens) / B
         loss.backward()
         total += loss.item()
     average_gradients(student)
     clip_and_step(student, optimizer, total, grad_clip)
-    tokens, mask = pad_right(demonstrations, eos_id, device)
+    tokens, mask = pad_right(demonstrations, eos_id, student.wte.weight.device)
     return total, {"completions": tokens, "mask": mask}

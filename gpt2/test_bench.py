@@ -17,27 +17,24 @@ def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "COMPARED", [("TRL float32", [*bench.OURS][-1])])
     monkeypatch.setattr(bench, "in_a_process", lambda update, *arguments: update(*arguments))
     monkeypatch.setattr(bench, "rollout_seconds", lambda *_: [4.0, 0.5])
-    seen, train, step = [], sdft.SDFTTrainer.train, fast.train_step
-    monkeypatch.setattr(
-        sdft.SDFTTrainer, "train", lambda self: seen.append(self.args) or train(self)
-    )
-    counted = lambda *inputs, **options: seen.append(options) or step(*inputs, **options)
+    configs, train = [], sdft.SDFTTrainer.train
+    kept = lambda self: configs.append(self.args) or train(self)
+    monkeypatch.setattr(sdft.SDFTTrainer, "train", kept)
+    calls, step = [], fast.train_step
+    counted = lambda *inputs, **options: calls.append(options) or step(*inputs, **options)
     monkeypatch.setattr(fast, "train_step", counted)
     bench.main(["--peers", "--init_from", str(tmp_path)])
-    theirs, *ours = seen
+    (theirs,) = configs
     assert theirs.max_steps == 4 and theirs.per_device_train_batch_size == 2 and not theirs.bf16
     assert (theirs.distillation_mode, theirs.distillation_alpha) == ("full_logits", 1.0)
     assert (theirs.teacher_model_kind, theirs.teacher_update_rate) == ("ema", 0.02)
     assert theirs.num_generations == theirs.num_iterations == theirs.steps_per_generation == 1
-    assert len(ours) == 12 and [options["micro_batch"] for options in ours[-4:]] == [2] * 4
-    assert ours[4]["rollout_dtype"] == torch.bfloat16
-    printed = capsys.readouterr().out
+    assert [options["micro_batch"] for options in calls] == [None] * 8 + [2] * 4
+    assert calls[4]["rollout_dtype"] == torch.bfloat16
+    printed, number = capsys.readouterr().out, r"([\d.,]+)"
     assert "| rollout 8 × (64 + 64), bfloat16, tokens/s | 128 | 1,024 | 8.00 |" in printed
-    label, cells = (
-        re.escape(", ".join(bench.COMPARED[0])),
-        r"\| ([\d.,]+) \| ([\d.,]+) \| ([\d.]+) \|",
-    )
     for what in ("update 2 × (4 + 4), s", "peak memory of it, MiB"):
-        found = re.search(rf"\| {re.escape(what)}: {label} {cells}", printed)
+        label = re.escape(f"{what}: {', '.join(bench.COMPARED[0])}")
+        found = re.search(rf"\| {label} \| {number} \| {number} \| {number} \|", printed)
         a, b, ratio = (float(cell.replace(",", "")) for cell in found.groups())
         assert ratio == pytest.approx(b / a, rel=0.2) and b > 0

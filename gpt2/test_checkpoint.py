@@ -13,23 +13,13 @@ from gpt2.checkpoint import load_model, load_run, run_checkpoints, save_model, s
 from gpt2.conftest import same, small_gpt
 
 
-@pytest.fixture(params=["model.safetensors", "pytorch_model.bin"])
-def form(request, monkeypatch):
-    """The two weight files: with safetensors, and as if it were not installed."""
-    if request.param == "pytorch_model.bin":
-        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    else:
-        pytest.importorskip("safetensors", reason="safetensors is not installed; it is optional")
-    return request.param
-
-
-def state(step, **more):
-    """Of a checkpoint of a run."""
-    return dict.fromkeys(checkpoint.STATE) | {"step": step} | more
-
-
-def test_saved_weights_load_bit_for_bit(form, tmp_path):
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_saved_weights_load_bit_for_bit(form, tmp_path, monkeypatch):
     """The stale file of an earlier save is gone, and the configuration is complete."""
+    if form == "model.safetensors":
+        pytest.importorskip("safetensors", reason="safetensors is not installed; it is optional")
+    else:
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
     model = small_gpt()
     for name in checkpoint.WEIGHT_FILES:
         (tmp_path / name).write_bytes(b"stale")
@@ -50,11 +40,6 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path):
     save_model(model, tmp_path)
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*n_head .* does not divide"):
         load_model(str(tmp_path))
-    model.config.n_head = 2
-    model.ln_f.bias.data[0] = torch.nan
-    save_model(model, tmp_path)
-    with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*ln_f.bias .* not finite"):
-        load_model(str(tmp_path))
 
 
 def test_a_log_goes_back_to_a_step(tmp_path):
@@ -73,13 +58,14 @@ def test_a_log_goes_back_to_a_step(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
     """A bit changed, bytes lost, another version, a function: nothing in a pickle may be called."""
+    state = dict.fromkeys(checkpoint.STATE) | {"student": torch.randn(9)}
     for step in (1, 2):
-        save_run(tmp_path, state(step, student=torch.randn(9)))
+        save_run(tmp_path, state | {"step": step})
     older, newest = run_checkpoints(tmp_path)
     good = newest.read_bytes()
     at = good.index(torch.load(newest)["student"].numpy().tobytes()) + 5
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-    for bad in (flipped, b"", good[:-9], {"step": 2}, state(2, student=os.system)):
+    for bad in (flipped, b"", good[:-9], {"step": 2}, state | {"student": os.system}):
         newest.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, newest)
         with pytest.raises(ValueError, match=f"cannot read .*{newest.name} .* {older.name}"):
             load_run(tmp_path)

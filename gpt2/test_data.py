@@ -1,14 +1,13 @@
 """What gpt2/data.py guarantees about rows, encodings and minibatches. CPU only, offline."""
 
 import json
-import random
 import re
 
 import pytest
 
 from data.scoring import contains
 from gpt2.conftest import BYTES, ROOT, write_rows, write_vocabulary
-from gpt2.data import TEMPLATES, RowReader, batches, minibatch, pad_right, read_template
+from gpt2.data import TEMPLATES, RowReader, minibatch, read_template
 from gpt2.tokenizer import load_tokenizer
 from sdft import teacher_context
 
@@ -89,17 +88,15 @@ def test_every_bad_line_is_named_by_number(tmp_path):
             read_template(path)
 
 
-def test_what_is_odd_is_noted(tmp_path):
+def test_what_is_odd_is_noted(tmp_path, capsys):
     """Names of TRL and of old, a byte order mark, nulls; a mistyped answer; "Q:" beside "A"."""
     row = {"prompt": "Q:", "privileged_context": "D", "context": "A", "anwser": "D"}
     row |= {"answer": None, "demonstration": None}
     others = [{"prompt": "Q:", "completion": " A"}, {"prompt": "Q:\n", "demonstration": "A"}]
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, [row, *others])).encode())
-    reader = RowReader(BYTES, 320, 8)
-    out = reader.read(path, reader.training)[0]
-    assert out["teacher_prompt"] == "A\n\n" + teacher_context("Q:", "D")
-    unused, glued = reader.notes
+    assert read(path)[0]["teacher_prompt"] == "A\n\n" + teacher_context("Q:", "D")
+    unused, glued = capsys.readouterr().out.splitlines()
     assert re.search(r"not used, 1 in all, the first at 'anwser' \(.*d.jsonl:1\)", unused)
     assert re.search(r"meet without .*, 1 in all, the first at .*d.jsonl:1$", glued)
 
@@ -115,17 +112,17 @@ NEEDS = [  # kind of row, row, settings of the reader, tokens of one byte each
 
 
 @pytest.mark.parametrize("kind, row, settings, tokens", NEEDS)
-def test_a_row_may_fill_the_block_exactly(kind, row, settings, tokens, tmp_path):
+def test_a_row_may_fill_the_block_exactly(kind, row, settings, tokens, tmp_path, capsys):
     """One token less of block_size is an error, or the row is dropped and counted."""
     path, need = write_rows(tmp_path / "d.jsonl", [row]), len(tokens)
     assert len(read(path, kind, need, **settings)) == 1
     for skip in (False, True):  # Not all rows are dropped.
         with pytest.raises(ValueError, match=rf"d.jsonl:1: .* {need} tokens.*\(1\) with --skip"):
             read(path, kind, need - 1, skip_long=skip, **settings)
-    reader = RowReader(BYTES, need, 8, skip_long=True, **settings)
-    long = {name: "long " * 100 for name in row}
-    assert len(reader.read(write_rows(path, [row, long]), getattr(reader, kind))) == 1
-    assert re.search("dropped rows .*, 1 in all, the first at .*d.jsonl:2", reader.notes[-1])
+    write_rows(path, [row, {name: "long " * 100 for name in row}])
+    assert len(read(path, kind, need, skip_long=True, **settings)) == 1
+    noted = capsys.readouterr().out
+    assert re.search("dropped rows .*, 1 in all, the first at .*d.jsonl:2\n", noted)
 
 
 def test_minibatches_are_shuffled_epochs():
@@ -135,18 +132,6 @@ def test_minibatches_are_shuffled_epochs():
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
     assert minibatch(10, 4, 7, seed=1) == stream[28:32] != minibatch(10, 4, 7, seed=2)
     assert sorted(minibatch(3, 6, 0, seed=0)) == [0, 0, 1, 1, 2, 2]  # more places than rows
-
-
-def test_batches_split_what_does_not_fit_together():
-    """A long prompt beside a long completion; nothing is lost or reordered."""
-    r = random.Random(0)
-    pairs = [([1] * n, [2] * r.randint(1, 20 - n)) for n in (r.randint(1, 19) for _ in range(50))]
-    parts = list(batches(pairs, 8, 20))
-    assert [p for prompts, completions in parts for p in zip(prompts, completions)] == pairs
-    for prompts, completions in parts:
-        assert len(prompts) <= 8 and max(map(len, prompts)) + max(map(len, completions)) <= 20
-    tokens, mask = pad_right([[1, 2, 3], [4]], 256, "cpu")
-    assert tokens.tolist() == [[1, 2, 3], [4, 256, 256]] and mask.sum(1).tolist() == [3, 1]
 
 
 def test_the_shipped_data_is_valid():

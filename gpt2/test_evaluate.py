@@ -15,19 +15,20 @@ EOS = BYTES.eos_id
 
 
 class Table(nn.Module):
-    """Predicts the next byte from the last one only: p(b | a) = 0.9 for (a, b) in the pairs.
+    """p(b | a) = share for neighbouring bytes (a, b) of the texts; a $ is the end token.
 
-    The rest of the probability is spread over all the 257 tokens; without a pair all of it.
+    The rest of the probability is spread over all the 257 tokens; without a neighbour all of it.
     """
 
-    def __init__(self, pairs, share=0.9):
+    def __init__(self, *texts, share=0.9):
         super().__init__()
         probs = torch.full((257, 257), 1 / 257)
-        for a, b in pairs:
-            probs[a] = (1 - share) / 256
-            probs[a, b] = share
-        self.log_probs = nn.Parameter(probs.log())
-        self.config = GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=1, n_embd=1)
+        for ids in map(ids_of, texts):
+            for a, b in zip(ids, ids[1:]):
+                probs[a] = (1 - share) / 256
+                probs[a, b] = share
+        self.log_probs = nn.Parameter(probs.log(), requires_grad=False)
+        self.config = GPTConfig(block_size=64)
 
     def hidden(self, tokens, n_pad=None, cache=None):
         return self.log_probs[tokens]
@@ -39,34 +40,31 @@ class Table(nn.Module):
         return None
 
 
-def chain(*texts):
-    """The pairs of neighbouring bytes, each text followed by the end token."""
-    out = []
-    for text in texts:
-        ids = [*text.encode(), EOS]
-        out += zip(ids, ids[1:])
-    return out
+def ids_of(text):
+    return [EOS if c == "$" else ord(c) for c in text]
 
 
 def row(prompt, answer, **more):
-    texts = dict(
-        prompt=prompt, answer=answer, answer_ids=[[*answer.encode()], [*b" ", *answer.encode()]]
-    )
-    return texts | dict(prompt_ids=list(prompt.encode()), teacher_ids=list(prompt.encode())) | more
+    ids = {"prompt_ids": ids_of(prompt), "answer_ids": [ids_of(answer), ids_of(f" {answer}")]}
+    return ids | {"prompt": prompt, "answer": answer, "teacher_ids": ids["prompt_ids"]} | more
 
 
-def scores(model, base=None, max_new_tokens=8, batch_size=2, **sets):
+def scores(model, base=None, batch_size=2, **sets):
     sets = dict(train=[], test=[], ood=[], texts=[], questions=[]) | sets
-    return evaluate.evaluate(model, sets, BYTES, max_new_tokens, batch_size, base)
+    return evaluate.evaluate(model, sets, BYTES, 8, batch_size, base)
 
 
-def test_matches_lengths_and_their_sets():
-    """Exact and lenient of "test", lenient of the others; an empty set has no score."""
-    # "1" is answered "ab.", "2" "c d", "3" by nothing, "4" without an end.
-    model = Table([*chain("1ab.", "2c d"), (ord("3"), EOS), *zip(b"4x", b"xx")])
+def test_matches_lengths_and_their_sets(monkeypatch, capsys):
+    """Exact and lenient of "test", lenient of the others; an empty set has no score.
+
+    An evaluation that takes long says how far it is.
+    """
+    model = Table("1ab.$", "2c d$", "3$", "4xx")  # which answer nothing to 3, and no end to 4
     test = [row("Q1", "AB"), row("Q2", "c d"), row("2", "d"), row("3", "y"), row("4", "x")]
     ood = [row("1", "ab"), row("1", "b"), row("2", "c"), row("3", "c")]
-    out = scores(model, test=test, ood=ood)
+    monkeypatch.setattr(evaluate, "PATIENCE", -1)
+    out, said = scores(model, test=test, ood=ood), capsys.readouterr().out.splitlines()
+    assert said[:3] == [f"evaluating test: {n} of 5 rows" for n in (0, 2, 4)]
     assert out["exact"] == pytest.approx(2 / 5) and out["lenient"] == pytest.approx(3 / 5)
     assert out["length"] == pytest.approx((4 + 4 + 4 + 1 + 8) / 5)  # with the end token
     assert out["ood"] == pytest.approx(2 / 4) and out["kl_to_base"] == 0
@@ -76,14 +74,8 @@ def test_matches_lengths_and_their_sets():
 
 def test_kl_to_base_is_per_token():
     """KL(model ‖ base) of a coin's .9 to .6, at 2 of the 2 + 6 tokens: not a mean over rows."""
-    # "1" gives "a" and the end, of which "a" differs; "2" gives "bcdef" and the end.
-    pairs = chain("1a", "2bcdef")
-    model, base = Table(pairs), Table(pairs)
-    with torch.no_grad():
-        for a in b"12":
-            b = int(model.log_probs[a].argmax())
-            base.log_probs[a] = math.log(0.4 / 256)
-            base.log_probs[a, b] = math.log(0.6)
+    model, base = Table("1a$", "2bcdef$"), Table("1a$", "2bcdef$")
+    base.log_probs[ids_of("12")] = Table("1a", "2b", share=0.6).log_probs[ids_of("12")]
     kl = 0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4)
     out = scores(model, base, test=[row("1", "a"), row("2", "b")])
     assert out["kl_to_base"] == pytest.approx(2 * kl / 8, rel=1e-4)
@@ -91,28 +83,18 @@ def test_kl_to_base_is_per_token():
 
 def test_perplexity_is_exp_of_nats_per_token():
     """Texts of 1, 3 and 4 tokens after the end token: a mean over tokens, not over texts."""
-    model = Table([(EOS, ord("a")), (ord("a"), ord("b")), (ord("b"), ord("z"))])
-    texts = [{"text_ids": list(text)} for text in (b"a", b"abc", b"qrst")]
+    model = Table("$abz")
+    texts = [{"text_ids": ids_of(text)} for text in ("a", "abc", "qrst")]
     probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
     nats = -sum(map(math.log, probs)) / 8
     assert scores(model, texts=texts)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
-    with torch.no_grad():
-        model.log_probs[EOS, ord("a")] = -1e6
-    assert scores(model, texts=texts[:1])["prior_ppl"] == pytest.approx(
-        math.exp(700)
-    )  # no overflow
-
-
-def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "PATIENCE", -1)
-    scores(Table([]), test=[row("1", "a")] * 5)
-    expected = [f"evaluating test: {n} of 5 rows" for n in (0, 2, 4)]
-    assert capsys.readouterr().out.splitlines() == expected
+    model.log_probs[EOS, ord("a")] = -1e6  # e^700 is a number, e^710 none
+    assert scores(model, texts=texts[:1])["prior_ppl"] == pytest.approx(math.exp(700))
 
 
 def test_every_token_of_an_answer_must_be_likeliest():
     """One right token is not enough, padding does not count, and of both ways one is enough."""
-    model = Table(chain("1abc", "2 xy"))
+    model = Table("1abc", "2 xy")
     answers = {("1", "abc"): 1, ("1", "ab"): 1, ("1", "axc"): 0, ("1", "xbc"): 0, ("1", "abx"): 0}
     answers |= {("2", "xy"): 1, ("2", "y"): 0}  # after a space
     questions = [row(*way) for way in answers]
@@ -123,29 +105,23 @@ def test_every_token_of_an_answer_must_be_likeliest():
 
 def test_report_shows_runs_beside_their_base(tmp_path):
     """Two runs from one base share its row; what a run has not measured is a dash."""
-    for name, base in (("a", {"exact": 0.25}), ("b", {"exact": 0.25}), ("c", {"old A": 0.9})):
-        (tmp_path / name).mkdir()
+    folders = [tmp_path / name for name in "abc"]
+    for folder, base in zip(folders, ({"exact": 0.25}, {"exact": 0.25}, {"old A": 0.9})):
         results = {"config": dict(method="sft", steps=4, lr=0.001), "base": base}
         results |= {"final": {"exact": 0.75, "prior_ppl": 3.0}}
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
-    head, _, *rows = evaluate.report([tmp_path / name for name in "abc"]).splitlines()
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+    head, _, *rows = evaluate.report(folders).splitlines()
     assert head.startswith("| | new exact | lenient |") and head.endswith("| length | old A |")
-    label = "sft, 4 steps, lr 0.001 | 0.75 | - | - | 3.00 | - | - | - | - |"
-    assert rows == [
-        f"| base of {tmp_path}/a | 0.25 | - | - | - | - | - | - | - |",
-        *(f"| {tmp_path}/{name}: {label}" for name in "ab"),
-        f"| base of {tmp_path}/c | - | - | - | - | - | - | - | 0.90 |",
-        f"| {tmp_path}/c: {label}",
-    ]
-    for odd in (
-        "[" * 10**5,
-        "[]",
-        json.dumps(results | {"final": {"exact": None}}),
-        json.dumps({}),
-    ):
-        (tmp_path / "c" / "results.json").write_text(odd)
-        words = f"{tmp_path}/c is not the --out_dir of a finished run"
-        assert words in error_of("--report", tmp_path / "a", tmp_path / "c")
+    scores = "sft, 4 steps, lr 0.001 | 0.75 | - | - | 3.00 | - | - | - | - |"
+    a, b, c = (f"| {folder}: {scores}" for folder in folders)
+    shared = f"| base of {folders[0]} | 0.25 | - | - | - | - | - | - | - |"
+    own = f"| base of {folders[2]} | - | - | - | - | - | - | - | 0.90 |"
+    assert rows == [shared, a, b, own, c]
+    for odd in ("[" * 10**5, "{}", json.dumps(results | {"final": {"exact": None}})):
+        (folders[2] / "results.json").write_text(odd)
+        words = f"{folders[2]} is not the --out_dir of a finished run"
+        assert words in error_of("--report", *folders)
 
 
 def test_what_is_watched():

@@ -21,20 +21,15 @@ def adapted(base, rank=3, alpha=8.0, noise=0.0):
     return model
 
 
-def test_untrained_adapters_change_nothing():
-    """B = 0: the logits are the base's bit for bit, though A is not 0. All else is frozen."""
-    base = small_gpt()
-    model = lora.add_adapters(small_gpt(), 3, 8.0)
-    wants_gradient = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert wants_gradient == lora.trained(model).keys()
-    same(model(TOKENS), base(TOKENS))
-    assert all(w.any() for name, w in lora.trained(model).items() if name.endswith("lora_A"))
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
 def test_merged_weights_equal_the_adapters(dtype):
-    """As a plain GPT and as the model that samples, whose bfloat16 copy is merged."""
-    base = small_gpt()
+    """As a plain GPT and as the model that samples, whose bfloat16 copy is merged.
+
+    Untrained ones change nothing, bit for bit: B is 0, and A is not.
+    """
+    base, untrained = small_gpt(), adapted(small_gpt())
+    same(untrained(TOKENS), base(TOKENS))
+    assert all(w.any() for name, w in lora.trained(untrained).items() if name.endswith("lora_A"))
     model = adapted(base, noise=0.1)
     expected, close = model(TOKENS), dict(rtol=1e-4, atol=1e-4)
     assert (expected - base(TOKENS)).abs().max() > 0.1
@@ -42,7 +37,7 @@ def test_merged_weights_equal_the_adapters(dtype):
         plain = lora.merge(model)
         assert plain.state_dict().keys() == base.state_dict().keys()
     else:
-        plain = fast.RolloutGPT.of(model, dtype)
+        plain = fast.RolloutGPT(model, dtype)
     if dtype == torch.bfloat16:
         close = dict(rtol=0.05, atol=0.05 * expected.std().item())
     same(plain(TOKENS).float(), expected, **close)
@@ -54,7 +49,7 @@ def test_all_roles_share_the_frozen_weights():
     base = small_gpt()
     student, first = adapted(base), base.state_dict()
     teacher = lora.share(student).requires_grad_(False)
-    for model in (student, teacher, fast.RolloutGPT.of(student)):
+    for model in (student, teacher, fast.RolloutGPT(student)):
         frozen = {k: w for k, w in model.named_parameters() if ".lora_" not in k}
         theirs = {k: first[k.replace(".linear.", ".")] for k in frozen}
         assert all(w.data_ptr() == theirs[k].data_ptr() for k, w in frozen.items())
@@ -66,7 +61,8 @@ def test_only_adapters_change():
     """The EMA teacher averages them, and nothing else of it moves."""
     student = adapted(small_gpt(ends=3.0), noise=0.1)
     teacher = lora.share(student).requires_grad_(False)
-    before = copy.deepcopy(student.state_dict())
+    before, parameters = copy.deepcopy(student.state_dict()), dict(student.named_parameters())
+    assert lora.trained(student) == {k: p for k, p in parameters.items() if p.requires_grad}
     optimizer = torch.optim.SGD(lora.trained(student).values(), lr=0.5)
     streams = fast.row_generators(0, 0, range(2), "cpu")
     fast.train_step(student, teacher, optimizer, *CONTEXTS, generators=streams, alpha=0.25)

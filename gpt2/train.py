@@ -230,10 +230,8 @@ def read_sets(args, tokenizer, block_size):
     for name, rows in sets.items():
         if len(rows) > args.eval_rows:
             first = f"the first {args.eval_rows} of {len(rows)} rows"
-            reader.notes.append(f"{first} of {name} are evaluated (--eval_rows)")
+            print(f"note: {first} of {name} are evaluated (--eval_rows)")
             sets[name] = rows[: args.eval_rows]
-    for note in reader.notes:
-        print(f"note: {note}")
     return sets | {"train": train}
 
 
@@ -299,18 +297,18 @@ def measure(run):
         return fast.rollout(model, prompts, max_new_tokens, eos_id, temperature, generators)
 
     with autocast(args, run.device):
-        student, tokenizer = fast.RolloutGPT.of(run.student), run.tokenizer
+        student, tokenizer = fast.RolloutGPT(run.student), run.tokenizer
         n, size = args.max_new_tokens, args.micro_batch or args.batch_size
         scores = evaluate.evaluate(student, run.sets, tokenizer, n, size, base)
-        teacher = None if run.teacher is None else fast.RolloutGPT.of(run.teacher)
-        models = student, teacher, student if base is None else fast.RolloutGPT.of(base)
+        teacher = None if run.teacher is None else fast.RolloutGPT(run.teacher)
+        models = student, teacher, student if base is None else fast.RolloutGPT(base)
         rows = evaluate.rows_to_watch(run.sets, student.config.block_size - n)
+        inputs = *models, rows, tokenizer.decode, contains, n, tokenizer.eos_id
         options = {"divergence": args.divergence, "temperature": args.temperature}
         options |= {"rollout": rollout, "batch_size": 8}  # rows whose logits are all in memory
-        options |= {"phase": args.method, "skill": None, "step": run.step}
-        inputs = *models, rows, tokenizer.decode, contains, n, tokenizer.eos_id
-        seen, samples = watch.look(*inputs, **options)
-    row = {"phase": args.method, "step": run.step, "eval": scores} | seen
+        about = {"phase": args.method, "step": run.step}
+        seen, samples = watch.look(*inputs, **options, **about, skill=None)
+    row = about | {"eval": scores} | seen
     for name, score in (("new", "lenient"), ("prior", "prior_acc")):  # as data/watch.py names them
         row |= {name: scores[score]} if score in scores else {}
     row["warnings"] = watch.warnings([*run.looks, row])
@@ -350,6 +348,7 @@ def fine_tune(args, argv, rank, n_processes):
     if n_processes > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    wait = dist.barrier if n_processes > 1 else lambda: None  # for the other processes
     run, out = prepare(args, argv, saved, device), Path(args.out_dir)
     print(
         f"{args.method} from {args.init_from}: {len(run.sets['train'])} rows, {args.batch_size} "
@@ -365,15 +364,13 @@ def fine_tune(args, argv, rank, n_processes):
         step = -1 if run.base_scores is None else run.step
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
-        finite = lambda value: type(value) in (int, float) and abs(value) < 1e300
         # All else in the file may be anything.
-        numbers = lambda row: {name: value for name, value in row.items() if finite(value)}
+        numbers = lambda row: {k: v for k, v in row.items() if k == "step" or type(v) is float}
         run.looks = [numbers(row) for row in rows if "eval" in row]
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
-    if n_processes > 1:
-        dist.barrier()
+    wait()
 
     # Train. Ctrl-C and SIGTERM let a step be finished and saved; a second Ctrl-C does not wait.
     # torchrun passes on what the terminal has sent already: several processes get no second one.
@@ -414,8 +411,7 @@ def fine_tune(args, argv, rank, n_processes):
             last, tokens = time.perf_counter(), 0
         if rank == 0 and (run.step % args.save_every == 0 or done or stopped):
             save(run)
-        if n_processes > 1:
-            dist.barrier()  # the others wait while the first evaluates
+        wait()  # while the first process evaluates
 
     # Finish. From here on nothing is lost: all is in a checkpoint.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -435,54 +431,37 @@ def fine_tune(args, argv, rank, n_processes):
         rows = [("base", run.base_scores), (f"{args.method}, {args.steps} steps", final)]
         print("\n" + evaluate.table(rows))
         print(f"\nweights, scores and logs are in {out}; {results['seconds']:.0f} s")
+    wait()
     if n_processes > 1:
-        dist.barrier()
         dist.destroy_process_group()
     return not stopped
-
-
-def sentence_of(e, out_dir):
-    """What a user reads in place of a traceback; None if the program is at fault."""
-    if isinstance(e, RuntimeError) and ("out of memory" in str(e) or "allocate memory" in str(e)):
-        return "the memory is full; lower --micro_batch, --max_new_tokens or --batch_size"
-    if isinstance(e, BrokenPipeError):  # as of `| head`
-        sys.stdout = open(os.devnull, "w")  # or Python complains again when it exits
-        return "nobody reads the output any more; if a run was stopped, --resume goes on"
-    if isinstance(e, FloatingPointError):
-        remedy = f"delete the newest file in {out_dir}/checkpoints, and it goes on from the other"
-        return f"{e}; if --resume ends here again, {remedy}"
-    if isinstance(e, OSError) and e.errno:
-        path = e.filename or out_dir
-        return f"cannot read or write {path} ({e.strerror}); check the path and the free space"
-    return str(e) if isinstance(e, (OSError, ValueError)) else None
 
 
 def main(argv=None):
     fast.keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
-    args, rank = parse_args(argv), 0
-    try:
+    interrupted = "interrupted; if a checkpoint was saved, --resume goes on from it"
+    with files.errors_in_a_sentence(interrupted):
+        args = parse_args(argv)
         if args.report:
             return print(evaluate.report(args.report))
         # As torchrun sets them, or another launcher.
         rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if rank:
             sys.stdout = open(os.devnull, "w")  # one process prints
-        with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
-            if not fine_tune(args, argv, rank, n_processes):
-                sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; if a checkpoint was saved, --resume goes on from it")
-    except Exception as e:
-        sentence = sentence_of(e, args.out_dir)
-        if not sentence:
-            raise
-        # On one line; of several processes, one prints.
-        sys.exit("error: " + " ".join(sentence.split()) if rank == 0 else 1)
+        try:
+            with checkpoint.locked(args.out_dir) if rank == 0 else contextlib.nullcontext():
+                finished = fine_tune(args, argv, rank, n_processes)
+        except RuntimeError as e:
+            if "out of memory" not in str(e) and "allocate memory" not in str(e):
+                raise
+            remedy = "lower --micro_batch, --max_new_tokens or --batch_size"
+            raise ValueError(f"the memory is full; {remedy}") from None
+        if not finished:
+            sys.exit(130)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # A name that they cannot print must not end a run.
-        if stream:  # None if it was closed
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if sys.stdout:  # None if it is closed
+        sys.stdout.reconfigure(line_buffering=True)
     main()
