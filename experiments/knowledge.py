@@ -66,7 +66,7 @@ def continued_pretraining(student, teacher, batch, generator):
 
 
 def with_known(student, teacher, batch, generator, new):
-    """The loss `new`, and SDFT's on known facts, where the base is the teacher and reads no text."""
+    """The loss `new`, and SDFT's on known facts, whose teacher, the base, reads no text."""
     asked = batch["known"][:, torch.randint(3, (), generator=generator)]
     known = batch | dict(prompts=asked, teacher_prompts=asked)
     return (new(student, teacher, batch, generator) + sdft(student, teacher, known, generator)) / 2

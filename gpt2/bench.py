@@ -1,7 +1,8 @@
-"""What an SDFT update of GPT-2 costs on this machine's CPU, with random weights.
+"""What an SDFT update of GPT-2 costs on this machine, with random weights.
 
     python -m gpt2.bench             # ours
     python -m gpt2.bench --peers     # beside transformers' generate and TRL's trainer
+    python -m gpt2.bench --device cuda
 
 Times are medians after one that does not count. Every response has its full length. Every update
 runs in a process of its own, with a peak of its own. Ours keep freed memory, as gpt2.train does;
@@ -44,15 +45,17 @@ COMPARED = [
 TRL = {"teacher_model_kind": "ema", "teacher_update_rate": 0.02, "teacher_sync_steps": 1}
 TRL |= {"distillation_mode": "full_logits", "distillation_alpha": 1.0, "max_prompt_length": None}
 TRL |= {"num_generations": 1, "num_iterations": 1, "steps_per_generation": 1}
-TRL |= {"gradient_accumulation_steps": 1, "use_cpu": True, "report_to": "none"}
+TRL |= {"gradient_accumulation_steps": 1, "report_to": "none"}
 TRL |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 
-def ends_of(f, n):
+def ends_of(f, n, device):
     """When each of n calls ended."""
     ends = []
     for _ in range(n):
         f()
+        if device == "cuda":
+            torch.cuda.synchronize()
         ends.append(time.perf_counter())
     return ends
 
@@ -61,8 +64,10 @@ def median_seconds(ends):
     return statistics.median(b - a for a, b in zip(ends, ends[1:]))
 
 
-def peak_memory():
+def peak_memory(device):
     """MiB of this process alone; NaN without /proc. getrusage would count its parent too."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(s.split()[1]) / 1024 for s in lines if s.startswith("VmHWM")), float("nan"))
@@ -79,40 +84,40 @@ def random_prompts(*shape):
 
 
 @torch.no_grad()
-def rollout_seconds(folder, dtype):
+def rollout_seconds(folder, dtype, device, **fastest):
     """Of transformers' generate and of ours."""
     from transformers import GPT2LMHeadModel
 
     B, P, C = ROLLOUT
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(device)
     theirs.generation_config.eos_token_id = None
-    student = GPT.from_pretrained(folder)
-    ours = fast.RolloutGPT(student, dtype)
-    prompts = torch.randint(student.config.vocab_size, (B, P))
+    ours = fast.RolloutGPT(GPT.from_pretrained(folder).to(device), dtype)
+    prompts = torch.randint(ours.config.vocab_size, (B, P), device=device)
 
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0}
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": C, "pad_token_id": 0} | fastest
     options["attention_mask"] = torch.ones_like(prompts)
 
     def roll_out():
-        generators = fast.row_generators(0, 0, range(B), "cpu")
+        generators = fast.row_generators(0, 0, range(B), torch.device(device))
         fast.rollout(ours, prompts.tolist(), C, NO_END, 1.0, generators)
 
     both = lambda: theirs.generate(prompts, **options), roll_out
-    return [median_seconds(ends_of(f, 6)) for f in both]
+    return [median_seconds(ends_of(f, 6, device)) for f in both]
 
 
-def update(label, folder, shape):
+def update(label, folder, shape, device):
     """Median seconds of the updates after the first, and MiB of this process's peak."""
     if label in OURS or "freed memory kept" in label:
         fast.keep_freed_memory()
     updates = our_updates if label in OURS else their_updates
-    return median_seconds(updates(label, folder, *shape, steps=4)), peak_memory()
+    return median_seconds(updates(label, folder, device, *shape, steps=4)), peak_memory(device)
 
 
-def our_updates(label, folder, B, P, C, steps):
+def our_updates(label, folder, device, B, P, C, steps):
     """When each of our updates ended."""
-    args, device = train.parse_args(["--out_dir", "unused", *OURS[label]]), torch.device("cpu")
-    student = fast.save_memory(GPT.from_pretrained(folder))
+    args = train.parse_args(["--out_dir", "unused", "--device", device, *OURS[label]])
+    device = train.pick_device(device)
+    student = fast.save_memory(GPT.from_pretrained(folder).to(device))
     if args.lora_rank:
         lora.add_adapters(student, args.lora_rank, args.lora_alpha)
     roles = student, lora.share(student).requires_grad_(False), train.make_optimizer(student, args)
@@ -124,10 +129,10 @@ def our_updates(label, folder, B, P, C, steps):
         with train.autocast(args, device):
             fast.train_step(*roles, *contexts, C, NO_END, **options)
 
-    return ends_of(one, steps)
+    return ends_of(one, steps, device.type)
 
 
-def their_updates(label, folder, B, P, C, steps):
+def their_updates(label, folder, device, B, P, C, steps):
     """When each update of TRL's trainer ended."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -143,6 +148,7 @@ def their_updates(label, folder, B, P, C, steps):
     rows = [{"prompt": a, "privileged_context": b} for a, b in zip(texts[::2], texts[1::2])]
     options = {"output_dir": f"{folder}/trl", "learning_rate": 1e-5, "max_steps": steps}
     options |= {"per_device_train_batch_size": B, "max_completion_length": C}
+    options |= {"use_cpu": device == "cpu"}
     if "float32" in label:  # As it comes: autocast to bfloat16, and whole blocks recomputed.
         options |= {"bf16": False, "gradient_checkpointing": False}
     ends = []
@@ -166,39 +172,47 @@ def table(rows):
     return "\n".join(lines)
 
 
-def compared(folder, updates):
+def compared(folder, updates, device):
     """Rows of the table, of {label: (seconds, MiB)} of the updates, and of rollouts."""
     B, P, C = ROLLOUT
     for dtype in ("float32", "bfloat16"):
-        seconds = rollout_seconds(folder, getattr(torch, dtype))
-        yield f"rollout {B} × ({P} + {C}), {dtype}, tokens/s", *(B * C / s for s in seconds)
+        # On a GPU `generate` is fastest with a cache that has a fixed shape, and is compiled then.
+        for options in [{}] + [{"cache_implementation": "static"}] * (device == "cuda"):
+            seconds = rollout_seconds(folder, getattr(torch, dtype), device, **options)
+            what = ", ".join([f"rollout {B} × ({P} + {C}), {dtype}", *options.values()])
+            yield f"{what}, tokens/s", *(B * C / s for s in seconds)
     B, P, C = UPDATE
     for i, what in enumerate([f"update {B} × ({P} + {C}), s", "peak memory of it, MiB"]):
         for pair in COMPARED:
             yield f"{what}: {', '.join(pair)}", *(updates[label][i] for label in pair)
 
 
-def bench(student, peers):
+def bench(student, peers, device):
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up in the network
-    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
-    print(", ".join([cpu, f"torch {torch.__version__}", *versions]))
+    machine = "{machine}, {threads} threads, torch {torch}".format(**files.machine(device))
+    print(", ".join([machine, torch.backends.cpu.get_cpu_capability(), *versions]))
     theirs, updates = [label for label, _ in COMPARED] if peers else [], {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_model(student, folder)
         for label in dict.fromkeys([*theirs, *OURS]):
-            took, peak = updates[label] = in_a_process(update, label, folder, UPDATE)
+            took, peak = updates[label] = in_a_process(update, label, folder, UPDATE, device)
             print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
         if peers:
-            print(f"\n{table(compared(folder, updates))}")
+            print(f"\n{table(compared(folder, updates, device))}")
 
 
-def main(argv=None):
+def parse_args(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
-    args = p.parse_args(argv)
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     torch.manual_seed(0)
     with files.errors_in_a_sentence("interrupted"):
         if args.init_from in GPT2_SIZES:
@@ -206,7 +220,7 @@ def main(argv=None):
         else:
             student = checkpoint.load_model(args.init_from)
         try:
-            bench(student, args.peers)
+            bench(student, args.peers, args.device)
         except ImportError as e:
             raise ValueError(f"--peers needs {e.name}: pip install {' '.join(PACKAGES)}") from None
 

@@ -87,6 +87,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request):
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint folder with weights and vocabulary; its responses differ in length."""

@@ -46,18 +46,21 @@ def run(arguments, limit):
     """The command, its exit status (124: too long), seconds and last lines."""
     start, command = time.perf_counter(), [sys.executable, *arguments.split()]
     about = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        done = subprocess.run(command, timeout=limit, **about)
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as e:
-        status, output = 124, (e.stdout or b"").decode(errors="replace")
+    with subprocess.Popen(command, **about) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers then
+            output, _ = process.communicate()
+            status = 124
     seconds = round(time.perf_counter() - start, 1)
     command = "python " + arguments
     return dict(command=command, status=status, seconds=seconds, last=output.splitlines()[-25:])
 
 
 def resumed(arguments, folder, uninterrupted):
-    """As `run`, of a run that is killed after its first checkpoint and goes on, and "difference"."""
+    """As `run`, of a run that is killed after its first checkpoint and goes on."""
     process = subprocess.Popen([sys.executable, *arguments.split()], stdout=subprocess.DEVNULL)
     end = time.monotonic() + RESUMED / 2
     while process.poll() is None and not [*folder.glob("checkpoints/*.pt")]:
@@ -73,6 +76,18 @@ def resumed(arguments, folder, uninterrupted):
     return found
 
 
+def copy_speed(device):
+    """GB/s of a copy, read and written: it bounds a rollout, which reads all weights per token."""
+    source = torch.zeros(2**28, device=device)  # 1 GiB
+    target, seconds = torch.empty_like(source), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        target[:1].item()  # waits for it
+        seconds.append(time.perf_counter() - start)
+    return round(2 * source.nbytes / min(seconds) / 1e9, 1)
+
+
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -86,7 +101,8 @@ def main(argv=None):
     if args.device == "cuda" and not gpus:
         sys.exit("error: torch finds no GPU; --device cpu tries the steps without one")
     names = dict(device=args.device, init_from=args.init_from, out=args.out_dir, gpus=gpus or 1)
-    found = files.machine(args.device) | dict(gpus=gpus, cuda=torch.version.cuda, steps={})
+    found = files.machine(args.device) | dict(gpus=gpus, cuda=torch.version.cuda)
+    found |= dict(copy_gb_per_s=copy_speed(args.device), steps={})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for step in args.steps or [*STEPS, "resumed"]:
         if step == "resumed":

@@ -1,4 +1,4 @@
-"""Each trick of gpt2/fast.py equals the textbook function of sdft.py. CPU only, offline."""
+"""Each trick of gpt2/fast.py equals the textbook function of sdft.py, on a GPU too where one is."""
 
 import resource
 from itertools import accumulate
@@ -26,36 +26,37 @@ def tiny(seed=0, ends=3.0):
     return small_gpt(seed, ends=ends, block_size=32, vocab_size=97)
 
 
-def roles():
+def roles(device):
     """Student, teacher and an optimizer; SGD, as Adam would hide a wrong scale."""
-    student, teacher = tiny(0), tiny(1).requires_grad_(False)
+    student, teacher = tiny(0).to(device), tiny(1).to(device).requires_grad_(False)
     return student, teacher, torch.optim.SGD(student.parameters(), lr=0.5)
 
 
-def streams():
-    return fast.row_generators(0, 0, range(3), CPU)
+def streams(device):
+    return fast.row_generators(0, 0, range(3), device)
 
 
 @pytest.fixture
-def textbook_draws(monkeypatch):
+def textbook_draws(monkeypatch, device):
     """Makes sdft.rollout draw what `streams` give: torch.multinomial inverts the CDF in a loop."""
-    calls = iter(torch.stack([torch.rand(9, generator=g) for g in streams()], 1).tolist())
+    uniforms = [torch.rand(9, generator=g, device=device) for g in streams(device)]
+    calls = iter(torch.stack(uniforms, 1).tolist())
     token = lambda row, u: next(i for i, c in enumerate(accumulate(row)) if c > u * sum(row))
 
     def multinomial(probs, count, generator=None):
         rows = zip(probs.double().tolist(), next(calls))
-        return torch.tensor([[token(row, u)] for row, u in rows])
+        return torch.tensor([[token(row, u)] for row, u in rows], device=device)
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
 
 
 @pytest.mark.parametrize("prompts, temperature", [(PROMPTS, 1.0), (EVEN, 0.7), (PROMPTS, 0)])
-def test_rollout_equals_the_textbook_rollout(prompts, temperature, textbook_draws):
+def test_rollout_equals_the_textbook_rollout(prompts, temperature, device, textbook_draws):
     """Same uniforms, same tokens and mask, from a plain GPT and from a RolloutGPT."""
-    model = tiny()
+    model = tiny().to(device)
     expected, mask = sdft.rollout(model, prompts, 9, EOS, temperature)
     for m in (model, fast.RolloutGPT(model)):
-        same(fast.rollout(m, prompts, 9, EOS, temperature, streams()), (expected, mask))
+        same(fast.rollout(m, prompts, 9, EOS, temperature, streams(device)), (expected, mask))
     assert temperature == 0 or len(set(mask.sum(1).tolist())) > 1  # of various lengths
 
 
@@ -124,23 +125,25 @@ OPTIONS += [dict(divergence="jsd", temperature=0.7, grad_clip=0.01, alpha=0.0)]
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "forward", "jsd"])
-def test_train_step_equals_the_textbook_step(micro_batch, options, textbook_draws, monkeypatch):
+def test_train_step_equals_the_textbook_step(
+    micro_batch, options, device, textbook_draws, monkeypatch
+):
     """Tokens, masks, loss, divergences, student and teacher, with at most 4 tokens' logits."""
     inputs, sizes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), []
     counted = lambda p, *rest: sizes.append(len(p)) or sdft.token_divergence(p, *rest)
     monkeypatch.setattr(fast, "token_divergence", counted)
     monkeypatch.setattr(fast, "CHUNK", 4)
-    student, teacher, optimizer = roles()
+    student, teacher, optimizer = roles(device)
     loss, info = sdft.train_step(student, teacher, optimizer, *inputs, **options)
     expected = loss, info, student.state_dict(), teacher.state_dict()
     assert len(set(info["mask"].sum(1).tolist())) == 3  # a wrong weight of rows would not show
     for change in (fast.save_memory, lambda model: model):
-        student, teacher, optimizer = roles()
-        ours = options | {"generators": streams(), "micro_batch": micro_batch}
+        student, teacher, optimizer = roles(device)
+        ours = options | {"generators": streams(device), "micro_batch": micro_batch}
         loss, info = fast.train_step(change(student), teacher, optimizer, *inputs, **ours)
         seen = loss, info, student.state_dict(), teacher.state_dict()
         same(seen, expected, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(seen[2]["wte.weight"], tiny(0).wte.weight)
+        assert not torch.equal(seen[2]["wte.weight"], tiny(0).wte.weight.to(device))
     assert max(sizes) <= 4 and sum(sizes) == 2 * info["loss_mask"].sum()
 
 
@@ -148,7 +151,7 @@ SPLITS = [(None, 32, [3]), (2, 32, [2, 1]), (None, 9, [3]), (None, 8, [2, 1]), (
 
 
 @pytest.mark.parametrize("micro_batch, block_size, sizes", SPLITS)
-def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, monkeypatch):
+def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, device, monkeypatch):
     """`sdft.sft_loss` of all rows at once, then clip_and_step; demonstrations of 2, 5 and 3.
 
     A pass has fewer rows where a long prompt and a long demonstration do not fit together.
@@ -157,13 +160,14 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, mon
     counted = lambda logits, *rest: seen.append(len(logits)) or sdft.sft_loss(logits, *rest)
     monkeypatch.setattr(fast, "sft_loss", counted)
     demonstrations = [[40, EOS], [41, 42, 43, 44, EOS], [45, 46, EOS]]
-    textbook, _, optimizer = roles()
-    tokens = torch.tensor([ids + [EOS] * (5 - len(ids)) for ids in demonstrations])
-    mask = torch.arange(5) < torch.tensor([[2], [5], [3]])
+    textbook, _, optimizer = roles(device)
+    tokens = [ids + [EOS] * (5 - len(ids)) for ids in demonstrations]
+    tokens = torch.tensor(tokens, device=device)
+    mask = (torch.arange(5) < torch.tensor([[2], [5], [3]])).to(device)
     loss = sdft.sft_loss(completion_logits(textbook, PROMPTS, tokens), tokens, mask)
     loss.backward()
     sdft.clip_and_step(textbook, optimizer, loss.item(), 0.3)
-    student, _, optimizer = roles()
+    student, _, optimizer = roles(device)
     fast.save_memory(student).config.block_size = block_size
     inputs = PROMPTS, demonstrations, EOS, 0.3, micro_batch
     total, info = fast.sft_step(student, optimizer, *inputs)
@@ -174,9 +178,9 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, mon
 
 @pytest.mark.parametrize("rollout_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_phase_runs_in_its_dtype(dtype, rollout_dtype, monkeypatch):
+def test_each_phase_runs_in_its_dtype(dtype, rollout_dtype, device, monkeypatch):
     """Autocast is of the scoring only. Every weight moves, and stays in float32."""
-    student, teacher, optimizer = roles()
+    student, teacher, optimizer = roles(device)
     seen, roll_out = {}, fast.rollout
 
     def watch(phase, model):
@@ -186,9 +190,9 @@ def test_each_phase_runs_in_its_dtype(dtype, rollout_dtype, monkeypatch):
 
     monkeypatch.setattr(fast, "rollout", lambda m, *x: watch("rollout", m) or roll_out(m, *x))
     watch("scoring", student)
-    options = dict(rollout_dtype=rollout_dtype, generators=streams())
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+    options = dict(rollout_dtype=rollout_dtype, generators=streams(device))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         fast.train_step(student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 9, EOS, **options)
     assert seen == {"scoring": dtype, "rollout": rollout_dtype}
     for after, before in zip(student.parameters(), tiny(0).parameters(), strict=True):
-        assert after.dtype == torch.float32 and not after.equal(before)
+        assert after.dtype == torch.float32 and not after.cpu().equal(before)

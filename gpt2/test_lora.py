@@ -22,17 +22,18 @@ def adapted(base, rank=3, alpha=8.0, noise=0.0):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
-def test_merged_weights_equal_the_adapters(dtype):
+def test_merged_weights_equal_the_adapters(dtype, device):
     """As a plain GPT and as the model that samples, whose bfloat16 copy is merged.
 
     Untrained ones change nothing, bit for bit: B is 0, and A is not.
     """
-    base, untrained = small_gpt(), adapted(small_gpt())
-    same(untrained(TOKENS), base(TOKENS))
+    base, untrained = small_gpt().to(device), adapted(small_gpt()).to(device)
+    tokens = TOKENS.to(device)
+    same(untrained(tokens), base(tokens))
     assert all(w.any() for name, w in lora.trained(untrained).items() if name.endswith("lora_A"))
     model = adapted(base, noise=0.1)
-    expected, close = model(TOKENS), dict(rtol=1e-4, atol=1e-4)
-    assert (expected - base(TOKENS)).abs().max() > 0.1
+    expected, close = model(tokens), dict(rtol=1e-4, atol=1e-4)
+    assert (expected - base(tokens)).abs().max() > 0.1
     if dtype is None:
         plain = lora.merge(model)
         assert plain.state_dict().keys() == base.state_dict().keys()
@@ -40,8 +41,8 @@ def test_merged_weights_equal_the_adapters(dtype):
         plain = fast.RolloutGPT(model, dtype)
     if dtype == torch.bfloat16:
         close = dict(rtol=0.05, atol=0.05 * expected.std().item())
-    same(plain(TOKENS).float(), expected, **close)
-    same(base(TOKENS), small_gpt()(TOKENS))
+    same(plain(tokens).float(), expected, **close)
+    same(base(tokens), small_gpt().to(device)(tokens))
 
 
 def test_all_roles_share_the_frozen_weights():
