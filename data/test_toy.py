@@ -85,6 +85,7 @@ def test_rows_of_a_skill_are_as_documented(name, n_digits):
         digits = re.fullmatch(rf"\?{name}(\d{{{n_digits}}})=", prompt)[1]
         assert answer == chain(name, digits) and demonstration == answer.translate(LETTERS)
         assert teacher_prompt == f"{prompt[:-1]}!{demonstration}="
+    assert toy.NAMES[toy.RIVAL[toy.NAMES.index(name)]] == RIVALS.get(name, name)
     # An input both trained on and tested would hide what is only remembered.
     inputs = [[prompt[2:] for prompt, *_ in rows] for rows in splits]
     assert [*map(len, inputs)] == [400, 200, 400] and len({*sum(inputs, [])}) == 1000
@@ -286,6 +287,7 @@ def test_samples_are_of_validation_inputs(runs):
         question, is_new = row["prompt"][:-1], row["kind"] == "new"
         assert truth[question] == ("val", row["expected"]) and row["prompt"][-1] == "="
         assert row["teacher_prompt"] == f"{question}!{row['demonstration']}="
+        assert row["divergence"] == FLAGS["divergence"]
         assert question[1] in row["skill"] if is_new else question[1] in "ABC"
     assert len(rows) == 6 * 3 * (4 + 1 + 3 + 1)  # of looks, and of the teachers before training
 

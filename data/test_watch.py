@@ -51,7 +51,8 @@ def test_metrics_are_those_of_torch_distributions(models):
     student, teacher, base = models
     expected = {}
     for name, model, place in (("student", student, 0), ("teacher", teacher, 1)):
-        y, mask = respond(model, [pair[place] for pair in NEW], temperature=1 - place)
+        y, mask = respond(model, [pair[place] for pair in NEW + PRIOR], temperature=1 - place)
+        y, mask = y[:3], mask[:3]  # the prior row is not counted
         tokens = []
         for (x, hint), ids, length in zip(NEW, y, mask.sum(1)):
             context = [(student, x), (teacher, hint), (base, x)]
@@ -67,10 +68,9 @@ def test_metrics_are_those_of_torch_distributions(models):
             expected |= dict(zip(("student_entropy", "teacher_entropy"), entropies))
             expected |= {"never_ended": 1 - ended.mean().item()}
             expected["response_length"] = mask.sum().item() / 3
-    found, _ = look(models, rows()[:3])
+    found, _ = look(models, rows())
     assert found == pytest.approx(expected, rel=1e-4) and found["never_ended"] > 0
-    # The teacher's are greedy: they depend neither on batches nor on the prior rows.
-    found, _ = look(models, rows(), batch_size=2)
+    found, _ = look(models, rows(), batch_size=2)  # greedy responses do not depend on the batch
     for name in ("teacher_accuracy", "kl_teacher_base"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
     # Any of several end tokens ends a response, as that of a chat's turn.
@@ -81,10 +81,11 @@ def test_metrics_are_those_of_torch_distributions(models):
 def test_samples_are_few_and_of_both_roles_and_kinds(models):
     """Three of each kind; the teacher's own responses before training only."""
     for step, roles in ((0, ["student"] * 6 + ["teacher"] * 6), (7, ["student"] * 6)):
-        said = look(models, rows(4), step)[1]
+        said = look(models, rows(4), step, divergence="jsd")[1]
         assert [row["role"] for row in said] == roles
         assert [row["kind"] for row in said] == (["new"] * 3 + ["prior"] * 3) * (len(roles) // 6)
-        assert all(row["step"] == step and row["phase"] == "sdft" for row in said)
+        about = {(row["phase"], row["step"], row["divergence"]) for row in said}
+        assert about == {("sdft", step, "jsd")}
         assert all((row["correct"] is None) == (row["expected"] is None) for row in said)
     teacher = look(models, rows())[1][-1]
     y, _ = respond(models[1], [PRIOR[0][1]], temperature=0)
