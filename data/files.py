@@ -113,7 +113,7 @@ def append(path, rows):
 def read(path):
     """The JSON objects of a JSONL file, and how many lines hold none, e.g. a last line cut off."""
     rows, n_unreadable = [], 0
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in filter(str.strip, f):
             try:
                 rows.append(dict(json.loads(line)))

@@ -159,6 +159,7 @@ def test_lines_are_read_as_written(tmp_path):
     files.append(tmp_path / "s.jsonl", rows[2:])
     assert files.read(tmp_path / "s.jsonl") == (rows, 0)
     whole = (tmp_path / "s.jsonl").read_bytes()
+    assert "שלום".encode() in whole  # for who looks into it
     (tmp_path / "s.jsonl").write_bytes(whole[:-4] + b"\xe2\n[1]\n\n")
     assert files.read(tmp_path / "s.jsonl") == (rows[:2], 2)
 
@@ -170,7 +171,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     with mock.patch("os.fsync", called.fsync), mock.patch("os.replace", called.replace):
         files.write_whole(path, lambda tmp: tmp.write_text("new"))
     assert [name for name, *_ in called.mock_calls] == ["fsync", "replace"]
-    path.write_text("old")
+
+    def private(tmp):  # as safetensors leaves it; anybody may read what is written
+        tmp.write_text("old")
+        tmp.chmod(0o600)
+
+    files.write_whole(path, private)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "other").unlink()
     with pytest.raises(OSError, match=r"cannot write .* \((No space left|unexpected pos)\); free"):
         files.write_whole(path, mock.Mock(side_effect=error))
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
