@@ -27,7 +27,7 @@ import torch
 from data import files, toy, watch
 from data.files import write_tensors, write_whole
 from model import GPT, GPTConfig
-from sdft import clip_and_step, completion_logits, ema_update, rollout, sdft_loss, sft_loss
+from sdft import clip_and_step, completion_logits, distill_loss, ema_update, rollout, sft_loss
 
 MODEL = dict(block_size=32, vocab_size=len(toy.VOCAB), n_layer=2, n_head=4, n_embd=128)
 
@@ -45,14 +45,11 @@ def sft(student, teacher, batch, generator):
 
 def sdft(student, teacher, batch, generator, divergence="reverse"):
     """The loss of SDFT, Algorithm 1. On-policy: the student's own responses are scored."""
-    prompts, teacher_prompts = batch["prompts"], batch["teacher_prompts"]  # Ctx_S(x), Ctx_T(x, c)
+    contexts = batch["prompts"], batch["teacher_prompts"]  # Ctx_S(x) and Ctx_T(x, c)
     # One token more than an answer needs, to see when the end token is missing.
     max_new_tokens = batch["answers"].shape[1] + 1
-    completions, mask = rollout(student, prompts, max_new_tokens, toy.EOS, generator=generator)
-    student_logits = completion_logits(student, prompts, completions)  # (B, C, V)
-    with torch.no_grad():
-        teacher_logits = completion_logits(teacher, teacher_prompts, completions)  # (B, C, V)
-    return sdft_loss(student_logits, teacher_logits, mask, divergence)[0]
+    y, mask = rollout(student, contexts[0], max_new_tokens, toy.EOS, generator=generator)
+    return distill_loss(student, teacher, *contexts, y, mask, divergence)[0]
 
 
 def fine_tune(

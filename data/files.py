@@ -26,9 +26,6 @@ def errors_in_a_sentence(interrupted):
         yield
     except KeyboardInterrupt:
         sys.exit(f"\n{interrupted}")
-    except BrokenPipeError:  # the reader of the output, such as head, has left
-        sys.stdout = None
-        sys.exit(1)
     except (OSError, ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
 
@@ -69,8 +66,7 @@ def write_whole(path, write):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except Exception as e:  # torch.save and safetensors each have their own
-        # A full disk is the context of torch's own error.
-        reason = getattr(e.__context__ or e, "strerror", None) or " ".join(str(e).split())[:200]
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:200]
         sentence = f"cannot write {path} ({reason}); free some space or choose another folder"
         raise OSError(sentence) from None
     finally:
@@ -78,11 +74,7 @@ def write_whole(path, write):
 
 
 def write_tensors(path, tensors):
-    def write(tmp):
-        with open(tmp, "wb") as f:  # by its path, torch.save would not tell why it fails
-            torch.save(tensors, f)
-
-    write_whole(path, write)
+    write_whole(path, lambda tmp: torch.save(tensors, tmp))
 
 
 def progress(updates, steps, n_rows):
@@ -121,11 +113,10 @@ def append(path, rows):
 def read(path):
     """The JSON objects of a JSONL file, and how many lines hold none, e.g. a last line cut off."""
     rows, n_unreadable = [], 0
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
-        for line in f:
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in filter(str.strip, f):
             try:
-                row = json.loads(line) if line.strip() else {}
-                rows += [dict(row)] if row else []
-            except (ValueError, TypeError, RecursionError):
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
                 n_unreadable += 1
     return rows, n_unreadable

@@ -56,11 +56,8 @@ def decimals(n):
     return np.array([*str(math.isqrt(n * 10**200))[1:101]], int).reshape(10, 10)
 
 
-_a, _b = np.mgrid[:10, :10]
-TABLES = np.stack(  # (22, 10, 10), in the order of NAMES
-    [operation(_a, _b) % 10 for operation in PRIOR.values()]
-    + [decimals(n) for n in PRIMES.values()]
-)
+TABLES = [operation(*np.mgrid[:10, :10]) % 10 for operation in PRIOR.values()]
+TABLES = np.stack(TABLES + [decimals(n) for n in PRIMES.values()])  # (22, 10, 10), as NAMES
 RIVAL = np.array([NAMES.index(RIVALS.get(name, name)) for name in NAMES])  # (22,)
 
 
@@ -179,12 +176,13 @@ def skills(split, seed, n_new, n_prior):
 
 def rows_to_watch(sets, n_new):
     """The first rows of {name: data} as data/watch.py takes them: n_new, or 1 of a prior skill."""
-    texts = {"prompt": "prompts", "teacher_prompt": "teacher_prompts"}
-    texts, rows = texts | {"demonstration": "demonstrations", "expected": "answers"}, []
+    columns = {"prompt": "prompts", "teacher_prompt": "teacher_prompts"}
+    columns |= {"demonstration": "demonstrations", "expected": "answers"}
+    rows = []
     for name, data in sets.items():
-        for i in range(1 if name in PRIOR else n_new):
-            row = {field: decode(data[key][i]) for field, key in texts.items()}
-            row["kind"] = "prior" if name in PRIOR else "new"
-            row |= {"student_ids": data["prompts"][i], "teacher_ids": data["teacher_prompts"][i]}
-            rows.append(row)
+        kind, n = ("prior", 1) if name in PRIOR else ("new", n_new)
+        for i in range(n):
+            texts = {field: decode(data[key][i]) for field, key in columns.items()}
+            ids = {"student_ids": data["prompts"][i], "teacher_ids": data["teacher_prompts"][i]}
+            rows.append(texts | {"kind": kind} | ids)
     return rows

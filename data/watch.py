@@ -57,9 +57,8 @@ def look(
         generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
         n_kept = {"new": 0, "prior": 0}
         for batch in (rows[i : i + batch_size] for i in range(0, len(rows), batch_size)):
-            prompts, teacher_prompts = (
-                [r[k] for r in batch] for k in ("student_ids", "teacher_ids")
-            )
+            prompts = [row["student_ids"] for row in batch]
+            teacher_prompts = [row["teacher_ids"] for row in batch]
             reads, heat = (prompts, temperature) if of_student else (teacher_prompts, 0)
             y, mask = rollout(model, reads, max_new_tokens, eos_id, heat, generator)
             contexts = (student, prompts), (judge, teacher_prompts), (base, prompts)
@@ -114,7 +113,7 @@ def warnings(rows):
     """
     best, before, now = {}, {}, {}
     for row in rows:
-        before, now = now, {name: sentence for name, sentence in troubles(row, best)}
+        before, now = now, dict(troubles(row, best))
         for key in ("teacher_accuracy", "prior"):
             # A fall is counted from the last of the best rows.
             if row.get(key, -1) >= best.get(key, {}).get(key, 0):
@@ -127,24 +126,27 @@ def troubles(row, best):
 
     def fell(key, bound):
         start = best.get(key, row)
-        since = (f"{start['skill']}, " if start.get("skill") else "") + f"step {start['step']}"
-        words = f"fell from {start[key]:.2f} to {row[key]:.2f} since {since}"
-        return words if start[key] - row[key] > bound + 1e-6 else None
+        if key in row and start[key] - row[key] > bound + 1e-6:
+            skill = f"{start['skill']}, " if start.get("skill") else ""
+            fall = f"fell from {start[key]:.2f} to {row[key]:.2f}"
+            return f"{fall} since {skill}step {start['step']}"
 
-    teacher, right, endless = map(row.get, ("teacher_accuracy", "rollouts_correct", "never_ended"))
-    if teacher is not None and teacher < TEACHER_GOOD:
+    # What was not measured is no trouble.
+    teacher, right = row.get("teacher_accuracy", 1), row.get("rollouts_correct", 1)
+    if teacher < TEACHER_GOOD:
         sentence = f"the teacher answers {teacher:.0%} right with the demonstration before it: "
         yield "teacher", sentence + "little to distil; change what it reads, or take a larger model"
-    if teacher is not None and (words := fell("teacher_accuracy", TEACHER_FALL)):
+    if words := fell("teacher_accuracy", TEACHER_FALL):
         sentence = f"the teacher's accuracy {words}: it follows its student; lower --lr or "
         yield "collapse", sentence + "--ema_alpha, or freeze the teacher"
-    if None not in (teacher, right) and row["step"] and right < COLD_START:  # SFT needs no rollouts
+    # SFT, which has no teacher, needs no rollouts.
+    if right < COLD_START and row["step"] and "teacher_accuracy" in row:
         sentence = f"{right:.0%} of the rollouts are correct after {row['step']} updates, a cold "
         sentence += "start: what is never sampled is hardly learned; try the JSD, or SFT first"
         yield "cold start", sentence
-    if endless is not None and endless > NEVER_ENDED:
+    if (endless := row.get("never_ended", 0)) > NEVER_ENDED:
         sentence = f"{endless:.0%} of the responses never end: raise the limit on their length, or "
         yield "decoding", sentence + "look at how the prompts end"
-    if row.get("prior") is not None and (words := fell("prior", FORGETTING)):
+    if words := fell("prior", FORGETTING):
         sentence = f"prior accuracy {words}: it forgets; lower the learning rate, or train for "
         yield "forgetting", sentence + "fewer updates"
