@@ -45,11 +45,12 @@ def sft(student, teacher, batch, generator):
 
 def sdft(student, teacher, batch, generator, divergence="reverse"):
     """The loss of SDFT, Algorithm 1. On-policy: the student's own responses are scored."""
-    contexts = batch["prompts"], batch["teacher_prompts"]  # Ctx_S(x) and Ctx_T(x, c)
+    prompts, teacher_prompts = batch["prompts"], batch["teacher_prompts"]  # Ctx_S(x), Ctx_T(x, c)
     # One token more than an answer needs, to see when the end token is missing.
     max_new_tokens = batch["answers"].shape[1] + 1
-    y, mask = rollout(student, contexts[0], max_new_tokens, toy.EOS, generator=generator)
-    return distill_loss(student, teacher, *contexts, y, mask, divergence)[0]
+    y, mask = rollout(student, prompts, max_new_tokens, toy.EOS, generator=generator)  # (B, C)
+    loss, _ = distill_loss(student, teacher, prompts, teacher_prompts, y, mask, divergence)
+    return loss
 
 
 def fine_tune(

@@ -26,6 +26,9 @@ def errors_in_a_sentence(interrupted):
         yield
     except KeyboardInterrupt:
         sys.exit(f"\n{interrupted}")
+    except BrokenPipeError:  # the reader of the output, such as head, has left
+        sys.stdout = None
+        sys.exit(1)
     except (OSError, ValueError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
 
