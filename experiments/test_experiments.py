@@ -6,7 +6,6 @@ What every one of them measures is in test_measures.py.
 import json
 import pickle
 import re
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -39,17 +38,6 @@ RESULTS = tables.load(report.RESULTS)
 def folder(tmp_path_factory):
     """One folder for all, so that the miniature bases are made once."""
     return tmp_path_factory.mktemp("experiments")
-
-
-@pytest.fixture(autouse=True)
-def restore_the_process():
-    threads, before = torch.get_num_threads(), dict(vars(common.options))
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
-    vars(common.options).clear()
-    vars(common.options).update(before)
 
 
 def run(experiment, folder, *more):
