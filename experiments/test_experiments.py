@@ -240,7 +240,6 @@ VERDICTS = [  # the values of more and of than, a seed each, and their unit
     ([0.90, 0.92, 0.91], [0.87, 0.87, 0.87], "nats", "no difference (+0.04 ± 0.02)"),
     ([0.90, 0.92, 0.91], [0.95, 0.95, 0.95], "nats", "no difference (-0.04 ± 0.02)"),
     ([0.70, 0.68, 0.69], [0.8, 0.8, 0.8], "accuracy", "the reverse (-0.11 ± 0.02)"),
-    ([0.70, 0.68, 0.69], [0.8, 0.8, 0.8], "number", "the reverse (-0.11 ± 0.02)"),
     ([0.9, 0.3, 0.6], [0.4, 0.4, 0.4], "accuracy", "undecided (+0.20 ± 0.75)"),
     ([0.9], [0.4], "accuracy", "cannot be tested here: one seed"),
     ([], [], "gap", "cannot be tested here"),
@@ -293,7 +292,7 @@ def test_the_report_changes_its_parts_alone():
 
 
 def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
-    """Its results and figures; a run with a damaged or an older file changes nothing."""
+    """Its results and figures; a run with a file of other arms changes nothing."""
     run = tmp_path / "run"
     for name in ("RESULTS", "FIGURES", "README"):
         monkeypatch.setattr(report, name, tmp_path / name)
@@ -302,9 +301,6 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
     report.README.write_text(page())
     for name in forgetting_law.SOURCES:
         tables.write(run / f"{name}.json", RESULTS[name])
-    (run / "kl.json").write_text("{")
-    with pytest.raises(SystemExit, match="error: "):
-        report.main([str(run)])
     tables.write(run / "kl.json", RESULTS["kl"] | {"rows": RESULTS["kl"]["rows"][1:]})
     with pytest.raises(SystemExit, match="kl.json has other arms than its code; run kl again"):
         report.main([str(run)])
