@@ -83,6 +83,11 @@ def found(text, section, tag):
     return [html.unescape(re.sub(r"<[^>]*>", " ", part)).strip() for part in inner]
 
 
+@pytest.fixture(scope="module")
+def text(run):
+    return written(run)[0]
+
+
 def test_text_of_a_run_is_never_markup(run):
     """Prompts, tokens, settings, warnings and a folder's name may hold HTML; nothing is loaded, and
     no response of the student is lost or rounded.
@@ -97,9 +102,8 @@ def test_text_of_a_run_is_never_markup(run):
     assert all(row | {"arm": row["phase"].upper(), "run": ""} in on_page for row in rows)
 
 
-def test_answers_stand_side_by_side(run):
+def test_answers_stand_side_by_side(text):
     """Base is the answer before training, an arm's its last, the teacher's has its own prompt."""
-    text = written(run)[0]
     assert found(text, "sides", "th") == ["prompt", "expected", "base", "SFT", "SDFT", "teacher"]
     prompt, expected, *answers = found(text, "sides", "td")[:6]
     assert (prompt, expected) == ("a prior question (prior)", EVIL)
@@ -122,9 +126,8 @@ def test_a_later_skills_start_is_not_the_base(tmp_path):
     assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 29
 
 
-def test_curves_follow_the_metrics(run):
+def test_curves_follow_the_metrics(text):
     """Skill after skill from left to right; without pretraining, NaN and what was not measured."""
-    text = written(run)[0]
     assert found(text, "curves", "h3") == ["Loss", "New task", "Prior abilities", "KL to the base"]
     tips = found(text, "curves", "title")
     assert tips[:2] == ["SFT, loss, X, step 5: 4", "SFT, loss, X, step 10: 4"]
@@ -141,9 +144,8 @@ def test_curves_follow_the_metrics(run):
     assert re.findall(r'cx="([^"]*)" cy="([^"]*)" r="8"', text) == [("185.0", "42.4")]
 
 
-def test_warnings_results_and_settings_stand_in_full(run):
+def test_warnings_results_and_settings_stand_in_full(text):
     """Every warning, with its time; all scores; the command; the settings."""
-    text = written(run)[0]
     warned = re.search(r'<ul class="warn">(.*?)</ul>', text, re.S).group(1)
     assert warned.count("<li>") == 4 and f"SDFT, Y, step 5: {html.escape(EVIL)}" in warned
     cells = " ".join(found(text, "settings", "td"))
