@@ -178,8 +178,8 @@ def test_an_error_is_one_sentence(cause, words, fake, tmp_path, capsys):
     assert re.search(words, str(stop.value) + capsys.readouterr().err)
 
 
-def test_a_base_is_reused_from_its_file(tmp_path, capsys):
-    """Made once per seed, world and size; other settings make it again; damage is named."""
+def test_a_base_is_reused_from_its_file(tmp_path, capsys, monkeypatch):
+    """Made once per seed, world and size; other code makes it again; damage is named."""
     vars(common.options).update(out_dir=tmp_path, quick=True)
     size = dict(n_layer=1, n_embd=16)
     first, again = common.base(0, **size), common.base(0, **size)
@@ -188,8 +188,9 @@ def test_a_base_is_reused_from_its_file(tmp_path, capsys):
     [path] = (tmp_path / "bases").iterdir()
     common.base(1, **size), common.base(0, "long", **size), common.base(0, n_layer=2, n_embd=16)
     assert len([*(tmp_path / "bases").iterdir()]) == 4
-    torch.save({"config": torch.load(path)["config"] | dict(code=0), "model": {}}, path)
+    monkeypatch.setattr(common, "MADE_BY", common.MADE_BY[1:])
     assert torch.equal(common.base(0, **size).wte.weight, first.wte.weight)
+    assert capsys.readouterr().out.count("pretraining a base") == 4
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged; delete it"):
         common.base(0, **size)

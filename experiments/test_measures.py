@@ -219,6 +219,12 @@ def test_the_final_teacher_is_measured(quick, trains):
     assert (got[0][1]["demonstrations"] != right).any()
 
 
+def test_collapsed_is_below_half_of_the_base():
+    metrics = {"base": {"new": [0.4, 0.4]}, "live": {"new": [0.19, 0.21]}}
+    teacher.derive(metrics)
+    assert metrics["live"]["seeds"] == "1 of 2"
+
+
 @pytest.mark.parametrize(
     "experiment, name, rate, expected",
     [

@@ -141,9 +141,8 @@ def failed(fault=None):
 
 @pytest.mark.parametrize("fault", experiment.GATES)
 def test_each_gate_notices_its_fault_alone(fault):
-    """The fourth result is wrong, the teacher ends after three failures, on A
-
-    and B only two symbols are tried, X is searched. Who follows the rules passes every gate.
+    """The fourth result is wrong, the teacher ends after three failures, on A and B only two symbols
+    are tried, X is searched. Who follows the rules passes every gate.
     """
     assert failed(fault) == [fault] and failed() == []
 
