@@ -41,6 +41,7 @@ class Rules(conftest.Rules):
             p_end = 1
         elif len(tried) > len(results):
             is_wrong = self.fault == "honest" and len(tried) == 4 and prompt[1] == "X"
+            is_wrong = is_wrong and tried[-1] in "012"
             symbols = [(SQUARES[prompt[1]][int(tried[-1]), int(prompt[2])] + is_wrong) % 10]
         elif "!" in prompt:
             symbols = [int(prompt[5])]
@@ -141,8 +142,8 @@ def failed(fault=None):
 
 @pytest.mark.parametrize("fault", experiment.GATES)
 def test_each_gate_notices_its_fault_alone(fault):
-    """The fourth result is wrong, the teacher ends after three failures, on A and B only two symbols
-    are tried, X is searched. Who follows the rules passes every gate.
+    """Some of X's fourth results are wrong, the teacher ends after three failures, on A and B only
+    two symbols are tried, X is searched. Who follows the rules passes every gate.
     """
     assert failed(fault) == [fault] and failed() == []
 
