@@ -23,58 +23,38 @@ from experiments import (
     on_policy,
     pareto,
     pass_at_k,
+    search,
     sequential,
     teacher,
     worlds,
 )
-from experiments.settings import SDFT, SFT, SFT_OWN
+from experiments.conftest import Rules
+from experiments.settings import SDFT, SFT_OWN
 from model import GPT, GPTConfig
 from sdft import completion_logits
 
 EQUALS = toy.VOCAB.index("=")  # the last token of every prompt
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(common.options, "quick", True)
-
-
 # --- Scores --------------------------------------------------------------------------------------
 
 
-class LookUp(torch.nn.Module):
+class LookUp(Rules):
     """Gives the known answers with probability p and ends at once at any other prompt."""
 
     def __init__(self, *data, key="prompts", p=1.0):
         super().__init__()
-        self.wte = torch.nn.Embedding(1, 1)  # only to have parameters and a device
         self.known, self.p = {}, p
         for d in data:
             self.known |= dict(zip(map(tuple, d[key].tolist()), d["answers"].tolist()))
 
-    def kv_cache(self, batch_size, max_len):
-        return {"tokens": torch.empty(batch_size, 0, dtype=torch.long)}
-
-    def hidden(self, tokens, n_pad=None, cache=None):
-        columns = range(1, tokens.size(1) + 1)
-        if cache is not None:
-            tokens = cache["tokens"] = torch.cat([cache["tokens"], tokens], 1)
-            columns = [tokens.size(1)]  # a rollout needs the last one only
-        rows = [[self.logits(row[:t]) for t in columns] for row in tokens.tolist()]
-        return torch.tensor(rows)  # (B, T, V)
-
     def logits(self, prefix):
-        logits = [-30.0] * len(toy.VOCAB)
-        if EQUALS in prefix:
-            end = prefix.index(EQUALS) + 1
-            answer, n = self.known.get(tuple(prefix[:end]), []), len(prefix) - end
-            p = self.p if n == 0 else 1.0
-            logits[toy.EOS] = math.log(1 - p + 1e-9)
-            logits[answer[n] if n < len(answer) else toy.EOS] = math.log(p)
+        logits, end = [-30.0] * len(toy.VOCAB), prefix.index(EQUALS) + 1
+        answer, n = self.known.get(tuple(prefix[:end]), []), len(prefix) - end
+        p = self.p if n == 0 else 1.0
+        logits[toy.EOS] = math.log(1 - p + 1e-9)
+        logits[answer[n] if n < len(answer) else toy.EOS] = math.log(p)
         return logits
-
-    def lm_head(self, hidden):
-        return hidden
 
 
 def of_skill(name, split="test", style="expert", n_digits=3):
@@ -142,9 +122,9 @@ def test_training_gets_style_seed_and_settings(settings, style, monkeypatch):
     "split, n, expected",
     [("val", 197, (10, True)), ("val", 195, (20, False)), ("test", 400, (20, False))],
 )
-def test_matching_stops_within_002_on_validation_inputs(split, n, expected, monkeypatch):
-    """At the first look, every 5 updates, that is as accurate as the other but for .02."""
-    student = LookUp()
+def test_stopped_sft_matches_sdft_on_validation_inputs(split, n, expected, monkeypatch):
+    """It ends at the first look, every 5 updates, that is as accurate as SDFT but for .02."""
+    start, goal, student = LookUp(), LookUp(of_skill("X", "val")), LookUp()
 
     def updates():
         for step in range(1, 21):
@@ -152,19 +132,13 @@ def test_matching_stops_within_002_on_validation_inputs(split, n, expected, monk
                 student.known |= LookUp(worlds.first_rows(of_skill("X", split), n)).known
             yield step, 1.0
 
+    monkeypatch.setattr(pareto, "base", lambda seed: start)
+    monkeypatch.setattr(pareto, "train_on_skill", lambda *a: trained.append(a) or (goal, None))
     monkeypatch.setattr(pareto, "training", lambda *a, **settings: (student, None, updates()))
-    found = pareto.train_to_match(LookUp(of_skill("X", "val")), LookUp(), 0, SFT)[1]
-    assert found == dict(zip(("updates", "matched"), expected))
-
-
-def test_stopped_sft_matches_sdft_not_base(quick, trains, monkeypatch):
-    """The accuracy to reach is that of a trained SDFT."""
-    start, goal = LookUp(), LookUp(of_skill("X"))
-    got = trains(pareto, start, lambda *_: (goal, None))
-    monkeypatch.setattr(pareto, "train_to_match", lambda other, *a: (other, {"updates": 5}))
-    metrics = pareto.measure(0, **arm(pareto.PARETO, "sft stopped, 0.002"))
-    assert (metrics["new"], metrics["updates"]) == (1, 5)
-    assert got[0][0] is start and got[0][2] == SDFT
+    trained, fields = [], arm(pareto.PARETO, "sft stopped, 0.002")
+    metrics = pareto.measure(0, **fields)
+    assert (metrics["updates"], metrics["matched"]) == expected and trained == [(start, 0, SDFT)]
+    assert metrics["val new"] == pytest.approx(n / 200 * (split == "val"))
 
 
 @pytest.mark.parametrize(
@@ -257,11 +231,9 @@ def test_collapsed_is_below_half_of_the_base():
         (demonstrations.DEMONSTRATIONS, "8, sft, own style", 6e-5, ("X", "own", 3, 8)),
         (bases.COLD_START, "0.3, sft", 2e-3, ("T", "expert", 3, 10)),
         (on_policy.ON_POLICY, "5 digits, offline", 6e-5, ("X", "expert", 5, 10)),
-        (on_policy.ON_POLICY, "3 digits, sft, offline", 2e-4, ("X", "expert", 3, 10)),
         (demonstrations.REASONING, "sdft", 2e-4, ("X", "short", 5, 10)),
         (pareto.ROTATED, "sdft", None, ("Y", "expert", 3, 10)),
         (teacher.TEACHER, "sft, own style", None, ("X", "own", 3, 10)),
-        (bases.SCALING, "2 x 32, sdft", 6e-5, ("X", "expert", 3, 10)),
         (pass_at_k.PASS_AT_K, "sdft, forward KL", None, ("X", "expert", 3, 10)),
     ],
 )
@@ -379,14 +351,14 @@ def test_exact_loss_is_the_kl_of_whole_responses(tiny_world):
 
 
 def expectation(loss_of, model, monkeypatch, n):
-    """The mean of the gradient of loss_of() over all responses of at most n tokens."""
+    """The mean of the gradient of loss_of(length) over all responses of at most n tokens."""
     average = 0
     for y in responses(n):
         padded = torch.tensor([[*y] + [3] * (n + 1 - len(y))])  # (1, n + 1)
         drawn = padded, torch.arange(n + 1)[None] < len(y)
         monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
         p = log_probability(model, TWO["prompts"][0], y).exp().item()
-        average += p * kl.gradient(loss_of(), model)
+        average += p * kl.gradient(loss_of(len(y)), model)
     return average
 
 
@@ -394,35 +366,25 @@ def expectation(loss_of, model, monkeypatch, n):
 def test_mean_of_an_estimator_is_what_it_claims(name, tiny_world, monkeypatch):
     """Eq. (1)'s gradient, or the analytic one's, which is another."""
     model, one = tiny(0), {key: rows[:1] for key, rows in TWO.items()}
-    average = expectation(lambda: kl.estimator(model, one, None, name), model, monkeypatch, 3)
+    average = expectation(lambda _: kl.estimator(model, one, None, name), model, monkeypatch, 3)
     exact = kl.gradient(kl.enumerated_loss(model, one), model)
     analytic = kl.gradient(kl.enumerated_loss(model, one, fixed_responses=True), model)
     assert (exact - analytic).norm() > 0.01 * exact.norm()
     assert_close(average, analytic if name in ("analytic", "sampled token") else exact)
 
 
-@pytest.mark.parametrize("loss", [kl.sampled_token, kl.reinforce])
-def test_sampled_token_has_the_kls_gradient(loss, tiny_world, monkeypatch):
-    """On average, of responses of one token."""
+@pytest.mark.parametrize(
+    "loss, n, is_exact",
+    [(kl.sampled_token, 1, True), (kl.sampled_token, 2, False), (kl.reinforce, 2, True)],
+)
+def test_sampled_tokens_have_the_kls_gradient(loss, n, is_exact, tiny_world, monkeypatch):
+    """On average, if a token answers for those after it too. The losses are means over tokens."""
     student, its_teacher = tiny(0), tiny(1)
     batch = {key: rows[:1] for key, rows in TWO.items()} | {"answers": np.zeros((1, 1))}
-    loss_of = lambda: loss(student, its_teacher, batch, None)
-    average = expectation(loss_of, student, monkeypatch, 1)
-    exact = kl_of_responses(student, its_teacher, TWO["prompts"][0], TWO["teacher_prompts"][0], 1)
-    assert_close(average, kl.gradient(exact, student))
-
-
-def test_a_sampled_token_answers_for_itself_or_for_what_comes_after_it_too(monkeypatch):
-    """Three tokens with log ratios of 1, 2 and 4, of which the last does not count."""
-    log_p = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)  # (1, 3)
-    drawn = torch.zeros(1, 3).long(), torch.tensor([[True, True, False]])
-    monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
-    log_q = log_p.detach() + torch.tensor([[1.0, 2.0, 4.0]])
-    monkeypatch.setattr(kl, "both_roles", lambda *a: (log_p[:, :, None], log_q[:, :, None]))
-    batch = {"answers": np.zeros((1, 2)), "prompts": None}
-    for loss, rewards in [(kl.sampled_token, [1, 2]), (kl.reinforce, [3, 2])]:
-        gradient = torch.autograd.grad(loss(None, None, batch, None), log_p)[0]
-        assert gradient[0].tolist() == [-rewards[0] / 2, -rewards[1] / 2, 0]
+    loss_of = lambda length: length * loss(student, its_teacher, batch, None)
+    average = expectation(loss_of, student, monkeypatch, n)
+    exact = kl_of_responses(student, its_teacher, TWO["prompts"][0], TWO["teacher_prompts"][0], n)
+    assert torch.allclose(average, kl.gradient(exact, student)) == is_exact
 
 
 def test_four_responses_are_of_the_first_quarter_of_the_prompts(monkeypatch):
@@ -446,41 +408,50 @@ def test_bias_and_noise_are_of_the_estimates(quick, monkeypatch):
     assert metrics == pytest.approx(expected)
 
 
-BATCH = {"prompts": [[1, 2], [2, 2]], "demonstrations": np.array([[3, 1, 0], [2, 2, 0]])}
-BATCH |= {"prior_prompts": [[3, 1], [3, 2]], "prior_answers": np.array([[1, 1, 0], [3, 1, 0]])}
-BATCH |= {"teacher's": np.array([[1, 0, 0], [3, 1, 0]])}
+BATCH = {"prompts": [[1, 2], [2, 2]], "prior_prompts": [[3, 1], [3, 2]]}
 BATCH |= {"teacher_prompts": [[1, 2, 3], [2, 2, 3]]}
+BATCH |= {"demonstrations": np.array([[3, 1, 0], [2, 2, 0]])}
+BATCH |= {"prior_answers": np.array([[1, 1, 0], [3, 1, 0]])}
+BATCH |= {"teacher's": np.array([[1, 0, 0], [3, 1, 0]])}
+BATCH |= {"base's": np.array([[2, 0, 0], [2, 1, 0]]), "answers": np.array([[3, 0, 0], [1, 2, 0]])}
 
 
-CONTROLS = ["sft + KL, w 0.3", "dft", "sft + replay", "sft, offline", "offline, forward KL"]
+LOSSES = ["sft + KL, w 0.3", "dft", "sft + replay", "sft, offline", "sft, searching"]
+LOSSES += ["offline, forward KL", "stale"]
 
 
-@pytest.mark.parametrize("control", CONTROLS)
-def test_controls_have_their_losses(control, tiny_world):
+@pytest.mark.parametrize("name", LOSSES)
+def test_methods_have_their_losses(name, tiny_world):
     """Cross entropy, with the KL to the teacher, scaled by p, with answers to prior prompts or to
-    what the teacher said; and SDFT's loss on that.
+    texts that were drawn before; and SDFT's loss on those.
     """
     student, base = tiny(0), tiny(1)
 
-    def log_p(model, prompts, tokens):
+    def log_p(model, prompts, texts):
         """(B, C, V), row by row, without padding or completion_logits."""
-        rows = [model(torch.tensor([[*x, *y]])) for x, y in zip(BATCH[prompts], tokens)]
+        rows = [model(torch.tensor([[*x, *y]])) for x, y in zip(BATCH[prompts], BATCH[texts])]
         return torch.stack([row[0, -4:-1] for row in rows]).log_softmax(-1)
 
-    at = lambda log_p, tokens: log_p.gather(2, torch.as_tensor(tokens)[:, :, None])[:, :, 0]
-    shown, old, samples = (BATCH[k] for k in ("demonstrations", "prior_answers", "teacher's"))
-    new, sampled = log_p(student, "prompts", shown), log_p(student, "prompts", samples)
-    said, prior = at(new, shown), at(log_p(student, "prior_prompts", old), old)  # (B, C)
+    def said(prompts, texts):
+        tokens = torch.as_tensor(BATCH[texts])[:, :, None]
+        return log_p(student, prompts, texts).gather(2, tokens)[:, :, 0]  # (B, C)
+
+    def both(texts):
+        return log_p(student, "prompts", texts), log_p(base, "teacher_prompts", texts).detach()
+
+    divergence = lambda p, q: (p.exp() * (p - q)).sum(2)  # (B, C)
     until_end = lambda values: (values[0, :2].mean() + values[1].mean()) / 2
-    penalty = (new.exp() * (new - log_p(base, "prompts", shown).detach())).sum(2).mean()
-    taught = log_p(base, "teacher_prompts", samples).detach()
-    forward = (taught.exp() * (taught - sampled)).sum(2)  # (B, C)
-    losses = [-said.mean() + 0.3 * penalty, -(said.exp().detach() * said).mean()]
-    losses += [-(said.mean() + prior.mean()) / 2, -until_end(at(sampled, samples))]
-    losses += [until_end(forward)]
-    expected = dict(zip(CONTROLS, losses))[control]
-    settings = (on_policy.FAMILIES | on_policy.CONTROLS_FAMILIES)[control]
-    more = {key: settings[key] for key in ("weight", "divergence") if key in settings}
+    shown, prior = said("prompts", "demonstrations"), said("prior_prompts", "prior_answers")
+    new = log_p(student, "prompts", "demonstrations")
+    penalty = divergence(new, log_p(base, "prompts", "demonstrations").detach()).mean()
+    losses = [-shown.mean() + 0.3 * penalty, -(shown.exp().detach() * shown).mean()]
+    losses += [-(shown.mean() + prior.mean()) / 2, -until_end(said("prompts", "teacher's"))]
+    losses += [-until_end(said("prompts", "answers"))]
+    losses += [until_end(divergence(*reversed(both("teacher's"))))]
+    losses += [until_end(divergence(*both("base's")))]
+    expected = dict(zip(LOSSES, losses, strict=True))[name]
+    settings = (on_policy.FAMILIES | on_policy.CONTROLS_FAMILIES | search.METHODS)[name]
+    more = {k: settings[k] for k in ("weight", "divergence", "texts") if k in settings}
     found = settings["method"](student, base, BATCH, None, **more)
     assert_close((found, kl.gradient(found, student)), (expected, kl.gradient(expected, student)))
 

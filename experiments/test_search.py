@@ -4,15 +4,11 @@ import functools
 
 import numpy as np
 import pytest
-import torch
 
 from data import toy
+from experiments import conftest, worlds
 from experiments import search as experiment
-from experiments import worlds
 from experiments.worlds import ATTEMPTS, search
-from model import GPT, GPTConfig
-from sdft import rollout
-from train_toy import MODEL, sdft, sft
 
 SQUARES = dict(zip("ABX", worlds.squares(0)))
 
@@ -27,31 +23,15 @@ def read(prompt, response):
     return tried, results.endswith(goal)
 
 
-class Rules:
-    """A model that follows the world's rules, but for one fault, as sdft.rollout needs it."""
+class Rules(conftest.Rules):
+    """A model that follows the world's rules, but for one fault."""
 
     def __init__(self, fault=None):
+        super().__init__()
         self.fault = fault
 
-    def parameters(self):
-        return iter([torch.zeros(1)])
-
-    def kv_cache(self, *sizes):
-        return []
-
-    def hidden(self, tokens, n_pad=None, cache=None):
-        """What every position has seen, ids (B, T, S), -1 where there is nothing."""
-        if cache is not None:
-            cache.append(tokens)
-        whole = tokens if cache is None else torch.cat(cache, 1)  # (B, S)
-        n_pad, column = 0 if n_pad is None else n_pad[:, None, None], torch.arange(whole.shape[1])
-        is_seen = (n_pad <= column) & (column <= column[-tokens.shape[1] :, None])  # (B, T, S)
-        return whole[:, None].where(is_seen, -1)
-
-    def lm_head(self, seen):
-        texts = [toy.decode(i for i in row if i >= 0) for row in seen.flatten(0, -2).tolist()]
-        logits = torch.tensor([self.probs(text) for text in texts]).log().clamp(min=-99)
-        return logits.view(*seen.shape[:-1], -1)
+    def logits(self, tokens):
+        return np.log(np.maximum(self.probs(toy.decode(tokens)), 1e-40)).tolist()
 
     def probs(self, text):
         """The next token's probabilities (V,)."""
@@ -61,6 +41,7 @@ class Rules:
             p_end = 1
         elif len(tried) > len(results):
             is_wrong = self.fault == "honest" and len(tried) == 4 and prompt[1] == "X"
+            is_wrong = is_wrong and tried[-1] in "012"
             symbols = [(SQUARES[prompt[1]][int(tried[-1]), int(prompt[2])] + is_wrong) % 10]
         elif "!" in prompt:
             symbols = [int(prompt[5])]
@@ -161,9 +142,8 @@ def failed(fault=None):
 
 @pytest.mark.parametrize("fault", experiment.GATES)
 def test_each_gate_notices_its_fault_alone(fault):
-    """The fourth result is wrong, the teacher ends after three failures, on A
-
-    and B only two symbols are tried, X is searched. Who follows the rules passes every gate.
+    """Some of X's fourth results are wrong, the teacher ends after three failures, on A and B only
+    two symbols are tried, X is searched. Who follows the rules passes every gate.
     """
     assert failed(fault) == [fault] and failed() == []
 
@@ -186,16 +166,3 @@ def test_forced_failures_come_before_the_teachers_answer():
     assert all(hit or len(tried) == ATTEMPTS for tried, hit in after)
     assert (drawn["teacher's"] == data["demonstrations"]).all()
     assert not all(hit for _, hit in map(read, data["prompts"], drawn["base's"]))
-
-
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
-def test_arms_differ_in_their_texts_alone(divergence):
-    """On the student's own rollout `on_texts` is SDFT, on the expert's text `sft_on_texts` SFT."""
-    torch.manual_seed(0)
-    models = [GPT(GPTConfig(**MODEL | dict(n_embd=16, n_layer=1))) for _ in range(2)]
-    data, generator = search("X", "train", 0), torch.Generator()
-    own = rollout(models[0], data["prompts"], 12, toy.EOS, generator=generator.manual_seed(1))[0]
-    given = experiment.on_texts(*models, data | {"own": own.numpy()}, None, "own", divergence)
-    assert torch.equal(given, sdft(*models, data, generator.manual_seed(1), divergence))
-    given = experiment.sft_on_texts(*models, data, None, "demonstrations")
-    assert torch.equal(given, sft(*models, data, None))

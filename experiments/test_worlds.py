@@ -79,18 +79,25 @@ def test_the_named_share_is_spoiled(kind, style):
 # --- Facts ---------------------------------------------------------------------------------------
 
 
+READS = {"article": slice(0, 2), "answer": slice(2, 3), "both": slice(0, 3)}  # of an answer
+
+
 def attributes_by_part(seed):
-    """{part: {entity: its two digits}}, from the answers to both questions, which must agree."""
+    """{part: {entity: its two digits}}, from the answers to both questions, which must agree.
+
+    The teacher reads the named text, in letters; the demonstrations are always full.
+    """
     found = {part: {} for part in worlds.FACTS}
-    for part, question in itertools.product(worlds.FACTS, "AB"):
-        data = worlds.facts(part, seed, question)
-        for prompt, answer in zip(
-            map(toy.decode, data["prompts"]), map(toy.decode, data["answers"])
-        ):
+    for part, question, reads in itertools.product(worlds.FACTS, "AB", READS):
+        data = worlds.facts(part, seed, question, reads)
+        for rows in zip(*(map(toy.decode, texts) for texts in data.values())):
+            prompt, teacher_prompt, demonstration, answer = rows
             entity, name = re.fullmatch(r"\?([a-j]{2})([AB])=", prompt).groups()
             assert name == question
             assert found[part].setdefault(entity, answer[:2]) == answer[:2]
             assert int(answer[2]) == OPERATIONS[question](int(answer[0]), int(answer[1]))
+            assert demonstration == answer.translate(LETTERS)
+            assert teacher_prompt == f"{prompt[:-1]}!{demonstration[READS[reads]]}.="
     return found
 
 
@@ -100,16 +107,6 @@ def test_facts_ask_entities_first_and_parts_share_none():
     assert [len(found[part]) for part in ("known", "new", "val")] == [60, 20, 20]
     assert len({entity for part in found.values() for entity in part}) == 100
     assert found != attributes_by_part(4)
-
-
-@pytest.mark.parametrize("reads, start, end", [("article", 0, 2), ("answer", 2, 3), ("both", 0, 3)])
-def test_the_teacher_reads_the_named_text(reads, start, end):
-    """The attributes, the result, or both, in letters; the demonstrations are always full."""
-    data = worlds.facts("new", reads=reads)
-    for rows in zip(*(map(toy.decode, data[key]) for key in data)):
-        prompt, teacher_prompt, demonstration, answer = rows
-        told = answer.translate(LETTERS)
-        assert teacher_prompt == f"{prompt[:-1]}!{told[start:end]}.=" and demonstration == told
 
 
 def test_pretraining_tells_known_facts_alone():
