@@ -250,30 +250,30 @@ def test_the_settings_are_those_that_the_grid_chose():
     assert best.keys() == families.keys()
     for family, fields in families.items():
         assert fields.items() <= best[family][1].items(), family
-    for experiment in (real_controls.REAL_GRID, real_controls.TWO_BY_TWO_RATES):
-        assert all(arm["split"] == "_val" for arm in experiment.arms)
+    assert all(arm["split"] == "_val" for arm in real_controls.REAL_GRID.arms)
 
 
 def test_two_by_two_crosses_who_samples_with_the_teacher(folders, monkeypatch):
-    """Else all is the same. Half of the prior questions are asked, those that the base knows."""
+    """Else all is the same. More prior questions are asked, those that the base knows."""
     arms = real_controls.TWO_BY_TWO.arms
     same = {(row["lr"], row["steps"], row["many"], "then" in row) for row in arms}
     assert same == {(5e-5, 112, True, False)}
     crossed = [(row["method"], row.get("alpha", 0) > 0) for row in arms[2:]]
     assert crossed == [*itertools.product(("offline", "sdft"), (False, True))]
     load_rows, tiny = real_model.load_rows, str(folders["llama"])
-    rows = [row for name in ("", "_val", "_more") for row in load_rows(f"prior{name}")[:8]]
+    rows = [row for name in ("prior", "prior_more") for row in load_rows(name)[:8]]
     monkeypatch.setattr(real_model, "load_rows", lambda name: load_rows(name)[:8])
     monkeypatch.setattr(real_model, "is_correct", lambda response, wanted: "a" in wanted)
     monkeypatch.setattr(real_model, "scores", lambda *args: (args[2] | {"role": args[3]}, {}))
     monkeypatch.setattr(instructions, "load", list)
     monkeypatch.setattr(common.options, "model", tiny)
-    for split, half in (("", rows[::2]), ("_val", rows[1::2])):
-        asked = real_model.measure(0, "a", many=True, split=split)
-        known = [row["prompt"] for row in half if "a" in row["answer"]]
-        assert [row["prompt"] for row in asked["prior"]] == known
-        assert asked["prior questions"] == len(known) > 2 and asked["role"] == "student_ids"
-        assert asked["new"][0]["prompt"] == load_rows("facts" + split)[0]["prompt"]
+    asked = real_model.measure(0, "a", many=True)
+    known = [row["prompt"] for row in rows if "a" in row["answer"]]
+    assert [row["prompt"] for row in asked["prior"]] == known
+    assert asked["prior questions"] == len(known) > 2 and asked["role"] == "student_ids"
+    asked = real_model.measure(0, "a", split="_val")
+    for kind, name in (("new", "facts_val"), ("prior", "prior_val")):
+        assert asked[kind][0]["prompt"] == load_rows(name)[0]["prompt"]
     assert real_model.measure(0, "a", reads="paper")["role"] == "teacher_ids"
     # "paraphrased" trains on the first paraphrase of a fact too, and asks the second alone.
     trained = []
