@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import common, runner, tables
 from experiments.common import on_texts
-from experiments.settings import METHODS, RATES, SDFT, chosen, grid
+from experiments.settings import LOW, METHODS, RATES, SDFT, chosen, grid
 
 
 def figure(rows, plt):
@@ -24,8 +24,8 @@ def figure(rows, plt):
     return tables.new_and_prior(rows, plt, "n", "demonstrations")
 
 
-RATES_OF = {"sft": (6e-6, *RATES)}  # what little there is to learn is learned slowly
-RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], RATES[:3])
+RATES_OF = {"sft": RATES}
+RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], LOW)
 NUMBERS = (8, 16, 32, 64, 128, 400)
 DEMONSTRATIONS = runner.Experiment(
     name="demonstrations",
@@ -66,10 +66,8 @@ def derive(metrics):
 
 
 WORLD = dict(world="long", lenient=True)
-STYLES = {"sft, own style": "short, own"} | dict.fromkeys(
-    ["sft", "sdft", "sdft, forward KL"], "short"
-)
-SHORT = {name: METHODS[name] | dict(style=style) for name, style in STYLES.items()}
+SHORT = {"sft, own style": METHODS["sft, own style"] | dict(style="short, own")}
+SHORT |= {k: METHODS[k] | dict(style="short") for k in ("sft", "sdft", "sdft, forward KL")}
 REASONING = runner.Experiment(
     name="reasoning",
     arms=[dict(arm="base", **WORLD), *grid(dict.fromkeys(SHORT, RATES), SHORT, **WORLD)],
