@@ -45,7 +45,7 @@ class Rules(conftest.Rules):
             symbols = [(SQUARES[prompt[1]][int(tried[-1]), int(prompt[2])] + is_wrong) % 10]
         elif "!" in prompt:
             symbols = [int(prompt[5])]
-            p_end = 0.9 * (self.fault == "teacher" and len(tried) == 3)
+            p_end = 0.2 * (self.fault == "teacher" and len(tried) == 3)
         elif self.fault == "prior found" and prompt[1] != "X":
             symbols = range(2)
         elif prompt[1] == "X" and tried and self.fault != "gives up":
@@ -142,8 +142,8 @@ def failed(fault=None):
 
 @pytest.mark.parametrize("fault", experiment.GATES)
 def test_each_gate_notices_its_fault_alone(fault):
-    """Some of X's fourth results are wrong, the teacher ends after three failures, on A and B only
-    two symbols are tried, X is searched. Who follows the rules passes every gate.
+    """Some of X's fourth results are wrong, the teacher may end after three failures, on A and B
+    only two symbols are tried, X is searched. Who follows the rules passes every gate.
     """
     assert failed(fault) == [fault] and failed() == []
 
