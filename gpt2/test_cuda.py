@@ -22,8 +22,9 @@ def test_all_steps_end_within_ten_minutes():
 
 
 def test_a_failed_step_and_an_endless_one_are_recorded(tmp_path, monkeypatch):
-    steps = {"fails": (60, "-c exit(3)"), "endless": (2, "-c while(1):0")}
+    steps = {"fails": (60, "-c exit(3)"), "endless": (0.5, "-c while(1):0")}
     monkeypatch.setattr(cuda, "STEPS", steps)
+    monkeypatch.setattr(cuda, "copy_speed", lambda device: 1.0)
     out = tmp_path / "cuda.json"
     with pytest.raises(SystemExit, match="a step has failed"):
         cuda.main(["fails", "endless", "--device", "cpu", "--out", str(out)])
