@@ -182,7 +182,7 @@ FLAGS = {"seed": 7, "pretrain_steps": 2, "batch_size": 9, "ema_alpha": 0.5, "div
 FLAGS |= {"lr": 3e-3, "steps": 2, "sft_lr": 2e-3, "sft_steps": 3, "sft_style": "own"}
 SMALL = train_toy.MODEL | {"n_layer": 1, "n_embd": 16}
 # Which skills are answered right, on which split's prompts; "shown": with a demonstration.
-RIGHT = {"test": "XAB", "val": "ZABC", "shown": "YZ"}
+RIGHT = {"test": "XAB", "val": "XABC", "shown": "YZ"}
 
 
 def answers_of_seed_7():
@@ -262,7 +262,7 @@ def test_table_measures_test_and_log_validation_inputs(runs):
     steps = {"sft": FLAGS["sft_steps"], "sdft": FLAGS["steps"]}
     assert looks == [(arm, k, i) for arm in steps for k in "XYZ" for i in range(steps[arm] + 1)]
     for (arm, skill, step), row in zip(looks, log):
-        assert row["new"] == (skill == "Z") and row["prior"] == 3 / n
+        assert row["new"] == (skill == "X" and step > 0) and row["prior"] == 3 / n
         # The teacher's greedy answers to Y and Z are right, no sampled one is; SFT has no teacher.
         assert row.get("teacher_accuracy") == (skill in "YZ" if arm == "sdft" else None)
         assert row["rollouts_correct"] == row["never_ended"] == 0 and ("loss" in row) == (step > 0)
