@@ -3,8 +3,7 @@
     python -m experiments.on_policy --seeds 5
 
 on_policy  Skill X with prompts of 3 and of 5 digits, answers of 2 and 4 steps: a long answer can go
-           wrong early and has to be answered for later. "step 1", "step 2" and "step 4" are the
-           shares of answers that are correct up to there
+           wrong early and has to be answered for later
 controls   Everyone trains on the same demonstrations of skill X, each at three rates
 
 README.md, "On-policy or not" and "Controls".
