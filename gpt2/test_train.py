@@ -145,7 +145,7 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(kind, tmp_path, base
 
 def test_a_second_task_is_measured_to_the_first_base(tmp_path, whole, base, data):
     """--base, at a rate of 0: all scores are what the first stage left. The command repeats it."""
-    more = ["--base", base, "--lr", 0, "--method", "sft"]
+    more = ["--base", base, "--lr", 0, "--teacher", "frozen"]
     train.main(flags(whole, data, tmp_path, *more, steps=1))
     first, second = (read_json(out / "results.json") for out in (whole, tmp_path))
     assert second["base"] == second["final"] == pytest.approx(first["final"])
