@@ -127,20 +127,19 @@ def troubles(row, best):
     def fell(key, bound):
         start = best.get(key, row)
         if key in row and start[key] - row[key] > bound + 1e-6:
-            skill = f"{start['skill']}, " if start.get("skill") else ""
-            fall = f"fell from {start[key]:.2f} to {row[key]:.2f}"
-            return f"{fall} since {skill}step {start['step']}"
+            since = ", ".join(filter(None, (start.get("skill"), f"step {start['step']}")))
+            return f"fell from {start[key]:.2f} to {row[key]:.2f} since {since}"
 
     # What was not measured is no trouble.
-    teacher, right = row.get("teacher_accuracy", 1), row.get("rollouts_correct", 1)
-    if teacher < TEACHER_GOOD:
+    if (teacher := row.get("teacher_accuracy", 1)) < TEACHER_GOOD:
         sentence = f"the teacher answers {teacher:.0%} right with the demonstration before it: "
         yield "teacher", sentence + "little to distil; change what it reads, or take a larger model"
     if words := fell("teacher_accuracy", TEACHER_FALL):
         sentence = f"the teacher's accuracy {words}: it follows its student; lower --lr or "
         yield "collapse", sentence + "--ema_alpha, or freeze the teacher"
     # SFT, which has no teacher, needs no rollouts.
-    if right < COLD_START and row["step"] and "teacher_accuracy" in row:
+    right = row.get("rollouts_correct", 1) if "teacher_accuracy" in row else 1
+    if right < COLD_START and row["step"]:
         sentence = f"{right:.0%} of the rollouts are correct after {row['step']} updates, a cold "
         sentence += "start: what is never sampled is hardly learned; try the JSD, or SFT first"
         yield "cold start", sentence
