@@ -30,7 +30,8 @@ def errors_in_a_sentence(interrupted):
         sys.stdout = None
         sys.exit(1)
     except (OSError, ValueError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
+        file = e.filename if isinstance(e, OSError) else None
+        sys.exit(f"error: {file}: {e.strerror}; check the path" if file else f"error: {e}")
 
 
 def begin_anew(folder, names):

@@ -301,7 +301,7 @@ ENDINGS = [
     ("--base=LICENSE", "error: --base LICENSE is missing or no base"),
     ("--out_dir=", "error: . is not for a new run; --out_dir must name a folder"),
     ("--help", "where to train (default: cpu)"),
-    ("--out_dir=LICENSE/x", "Not a directory: 'LICENSE/x'"),
+    ("--out_dir=LICENSE/x", "error: LICENSE/x: Not a directory; check the path"),
     (FloatingPointError("lower the rate"), "error: lower the rate"),
     (KeyboardInterrupt(), "interrupted"),
 ]
