@@ -21,7 +21,9 @@ def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
     kept = lambda self: configs.append(self.args) or train(self)
     monkeypatch.setattr(sdft.SDFTTrainer, "train", kept)
     calls, step = [], fast.train_step
-    counted = lambda *inputs, **options: calls.append(options) or step(*inputs, **options)
+    counted = lambda *inputs, **options: (
+        calls.append(options | {"lengths": [*map(len, inputs[4])]}) or step(*inputs, **options)
+    )
     monkeypatch.setattr(fast, "train_step", counted)
     bench.main(["--peers", "--init_from", str(tmp_path)])
     (theirs,) = configs
@@ -30,7 +32,7 @@ def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
     assert (theirs.teacher_model_kind, theirs.teacher_update_rate) == ("ema", 0.02)
     assert theirs.num_generations == theirs.num_iterations == theirs.steps_per_generation == 1
     assert [options["micro_batch"] for options in calls] == [None] * 8 + [2] * 4
-    assert calls[4]["rollout_dtype"] == torch.bfloat16
+    assert calls[4]["rollout_dtype"] == torch.bfloat16 and calls[0]["lengths"] == [8, 8]
     printed, number = capsys.readouterr().out, r"([\d.,]+)"
     assert "| rollout 8 × (64 + 64), bfloat16, tokens/s | 128 | 1,024 | 8.00 |" in printed
     for what in ("update 2 × (4 + 4), s", "peak memory of it, MiB"):
