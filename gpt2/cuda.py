@@ -6,13 +6,14 @@
 Every step is a program of its own with a limit on its time, ten minutes for all. After each of them
 --out has its command, its exit status, its seconds and the last lines that it wrote, beside the
 GPU's name and the versions. "resumed" kills a run (kill -9) after its first checkpoint, goes on,
-and compares the weights with those of the run that was left alone.
+and compares the weights with those of the step "float32", which was left alone.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,21 +22,16 @@ import torch
 from data import files
 from model import GPT
 
-# Of gpt2.train; a step adds what it is about.
-TRAIN = "-m gpt2.train --data data/facts.jsonl --eval data/prior.jsonl --method sdft --lr 1e-5 "
-TRAIN += "--steps 12 --batch_size 8 --max_new_tokens 32 --log_every 1 --save_every 4 --init_from"
-ADAPTERS = "--lora_rank 16 --dtype float32"
+# A step adds the name of the folder, and flags.
+TRAIN = "-m gpt2.train --data data/facts.jsonl --eval data/prior.jsonl --steps 12 --batch_size 8 "
+TRAIN += "--max_new_tokens 32 --log_every 1 --save_every 4 --init_from {init_from} --out_dir {out}/"
 STEPS = {  # name: (most seconds, arguments of python)
     "tests": (60, "-m pytest -q -k cuda gpt2 test_sdft.py"),
     "toy": (90, "train_toy.py --device {device} --out_dir {out}/toy"),
-    "float32": (40, f"{TRAIN} {{init_from}} --dtype float32 --out_dir {{out}}/float32"),
-    "bfloat16": (40, f"{TRAIN} {{init_from}} --dtype bfloat16 --out_dir {{out}}/bfloat16"),
-    "adapters": (40, f"{TRAIN} {{init_from}} {ADAPTERS} --out_dir {{out}}/adapters"),
-    "torchrun": (
-        60,
-        "-m torch.distributed.run --nproc_per_node={gpus} "
-        f"{TRAIN} {{init_from}} --dtype float32 --out_dir {{out}}/torchrun",
-    ),
+    "float32": (40, TRAIN + "float32 --dtype float32"),
+    "bfloat16": (40, TRAIN + "bfloat16 --dtype bfloat16"),
+    "adapters": (40, TRAIN + "adapters --dtype float32 --lora_rank 16"),
+    "torchrun": (60, "-m torch.distributed.run --nproc_per_node={gpus} " + TRAIN + "torchrun"),
     "speed": (150, "-m gpt2.bench --peers --device {device} --init_from {init_from}"),
     "gpt2-xl": (60, "-m gpt2.bench --device {device} --init_from gpt2-xl"),
 }
@@ -95,26 +91,26 @@ def main(argv=None):
     p.add_argument("--init_from", default="gpt2", help="or a folder with weights and vocabulary")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try it")
     p.add_argument("--out", type=Path, default="gpt2/results/cuda.json", help="file to write")
-    p.add_argument("--out_dir", type=Path, default="out/cuda", help="for the runs' own files")
     args = p.parse_args(argv)
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and not gpus:
         sys.exit("error: torch finds no GPU; --device cpu tries the steps without one")
-    names = dict(device=args.device, init_from=args.init_from, out=args.out_dir, gpus=gpus or 1)
     found = files.machine(args.device) | dict(gpus=gpus, cuda=torch.version.cuda)
     found |= dict(copy_gb_per_s=copy_speed(args.device), steps={})
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for step in args.steps or [*STEPS, "resumed"]:
-        if step == "resumed":
-            arguments = STEPS["float32"][1].format(**names).replace("/float32", "/resumed")
-            done = resumed(arguments, args.out_dir / "resumed", args.out_dir / "float32")
-        else:
-            limit, arguments = STEPS[step]
-            done = run(arguments.format(**names), limit)
-        found["steps"][step] = done
-        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-        files.write_whole(args.out, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-        print(f"{step}: status {done['status']}, {done['seconds']} s", flush=True)
+    with tempfile.TemporaryDirectory() as out:
+        names = dict(device=args.device, init_from=args.init_from, out=out, gpus=gpus or 1)
+        for step in args.steps or [*STEPS, "resumed"]:
+            if step == "resumed":
+                arguments = (TRAIN + "resumed --dtype float32").format(**names)
+                done = resumed(arguments, Path(out, "resumed"), Path(out, "float32"))
+            else:
+                limit, arguments = STEPS[step]
+                done = run(arguments.format(**names), limit)
+            found["steps"][step] = done
+            text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+            files.write_whole(args.out, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+            print(f"{step}: status {done['status']}, {done['seconds']} s", flush=True)
     if any(done["status"] for done in found["steps"].values()):
         sys.exit(f"error: a step has failed; its last lines are in {args.out}")
 
