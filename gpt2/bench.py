@@ -30,16 +30,17 @@ from model import GPT, GPT2_SIZES, GPTConfig
 NO_END = -1  # in place of an end token: every response has its full length
 PACKAGES = ("transformers", "trl")  # of --peers
 ROLLOUT, UPDATE = (8, 64, 64), (8, 32, 32)  # --peers: rows, tokens of a prompt, of a response
+ADAPTERS = "--lora_rank 16 --micro_batch 2"
 OURS = {  # label: settings of gpt2.train
-    "ours float32": ["--dtype", "float32"],
-    "ours bfloat16": ["--dtype", "bfloat16"],
-    "ours float32, --lora_rank 16 --micro_batch 2": ["--lora_rank", "16", "--micro_batch", "2"],
+    "ours float32": "--dtype float32",
+    "ours bfloat16": "--dtype bfloat16",
+    f"ours float32, {ADAPTERS}": f"--dtype float32 {ADAPTERS}",
 }
 COMPARED = [
     ("TRL float32", "ours float32"),
     ("TRL float32, freed memory kept", "ours float32"),
     ("TRL as it comes", "ours bfloat16"),
-    ("TRL float32", "ours float32, --lora_rank 16 --micro_batch 2"),
+    ("TRL float32", f"ours float32, {ADAPTERS}"),
 ]
 # Fields of TRL's SDFTConfig that make it compute what gpt2.train does by default.
 TRL = {"teacher_model_kind": "ema", "teacher_update_rate": 0.02, "teacher_sync_steps": 1}
@@ -115,7 +116,7 @@ def update(label, folder, shape, device):
 
 def our_updates(label, folder, device, B, P, C, steps):
     """When each of our updates ended."""
-    args = train.parse_args(["--out_dir", "unused", "--device", device, *OURS[label]])
+    args = train.parse_args(["--out_dir", "unused", "--device", device, *OURS[label].split()])
     device = train.pick_device(device)
     student = fast.save_memory(GPT.from_pretrained(folder).to(device))
     if args.lora_rank:
@@ -165,30 +166,31 @@ def their_updates(label, folder, device, B, P, C, steps):
 
 
 def table(rows):
-    """Markdown of (what, theirs, ours)."""
+    """Lines of Markdown of (what, theirs, ours)."""
     number = lambda x: f"{x:,.2f}" if x < 20 else f"{x:,.0f}"
-    lines = ["| | transformers / TRL | ours | ours / theirs |", "|---|---:|---:|---:|"]
-    lines += [f"| {what} | {number(a)} | {number(b)} | {b / a:.2f} |" for what, a, b in rows]
-    return "\n".join(lines)
+    yield "\n| | transformers / TRL | ours | ours / theirs |\n|---|---:|---:|---:|"
+    for what, a, b in rows:
+        yield f"| {what} | {number(a)} | {number(b)} | {b / a:.2f} |"
 
 
 def compared(folder, updates, device):
     """Rows of the table, of {label: (seconds, MiB)} of the updates, and of rollouts."""
-    B, P, C = ROLLOUT
-    for dtype in ("float32", "bfloat16"):
-        # On a GPU `generate` is fastest with a cache that has a fixed shape, and is compiled then.
-        for options in [{}] + [{"cache_implementation": "static"}] * (device == "cuda"):
-            seconds = rollout_seconds(folder, getattr(torch, dtype), device, **options)
-            what = ", ".join([f"rollout {B} × ({P} + {C}), {dtype}", *options.values()])
-            yield f"{what}, tokens/s", *(B * C / s for s in seconds)
     B, P, C = UPDATE
     for i, what in enumerate([f"update {B} × ({P} + {C}), s", "peak memory of it, MiB"]):
         for pair in COMPARED:
             yield f"{what}: {', '.join(pair)}", *(updates[label][i] for label in pair)
+    B, P, C = ROLLOUT
+    # On a GPU `generate` is fastest with a cache that has a fixed shape, since it is compiled then.
+    for options in [{}] + [{"cache_implementation": "static"}] * (device == "cuda"):
+        for dtype in ("float32", "bfloat16"):
+            seconds = rollout_seconds(folder, getattr(torch, dtype), device, **options)
+            what = ", ".join([f"rollout {B} × ({P} + {C}), {dtype}", *options.values()])
+            yield f"{what}, tokens/s", *(B * C / s for s in seconds)
 
 
 def bench(student, peers, device):
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up in the network
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL's trainer would use several
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if peers]
     machine = "{machine}, {threads} threads, torch {torch}".format(**files.machine(device))
     print(", ".join([machine, torch.backends.cpu.get_cpu_capability(), *versions]))
@@ -199,7 +201,8 @@ def bench(student, peers, device):
             took, peak = updates[label] = in_a_process(update, label, folder, UPDATE, device)
             print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
         if peers:
-            print(f"\n{table(compared(folder, updates, device))}")
+            for line in table(compared(folder, updates, device)):
+                print(line, flush=True)
 
 
 def parse_args(argv=None):
@@ -207,7 +210,12 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
-    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+    p.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu"] + ["cuda"] * torch.cuda.is_available(),
+        help="where to compute",
+    )
     return p.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """A GPT-2 checkpoint of toy size with a byte-level vocabulary, data and command lines for tests.
 
-CPU only, offline. Every line of code that a real run takes is the same.
+Offline, on a CPU, and on a GPU where one is. Every line of code that a real run takes is the same.
 """
 
 import contextlib

@@ -1,16 +1,20 @@
-"""Everything that runs on a GPU, once: does it run, is it right, and how fast is it there?
+"""The ways to use a GPU, each once: does it run, is it right, and how fast is it there?
 
     python -m gpt2.cuda                               # needs what `gpt2.bench --peers` needs
     python -m gpt2.cuda --init_from out/gpt2          # without a network, from a folder
 
-Every step is a program of its own with a limit on its time, ten minutes for all. After each of them
+Every step is a program of its own with a limit on its time, some ten minutes for all. After each
 --out has its command, its exit status, its seconds and the last lines that it wrote, beside the
-GPU's name and the versions. "resumed" kills a run (kill -9) after its first checkpoint, goes on,
-and compares the weights with those of the step "float32", which was left alone.
+GPU's name and the versions. "resumed" kills a run (kill -9) between two checkpoints, goes on, and
+tells the largest difference of a weight from the step "float32", which was left alone. "torchrun"
+uses NCCL if there are several GPUs.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,15 +28,16 @@ from model import GPT
 
 # A step adds the name of the folder, and flags.
 TRAIN = "-m gpt2.train --data data/facts.jsonl --eval data/prior.jsonl --steps 12 --batch_size 8 "
-TRAIN += "--max_new_tokens 32 --log_every 1 --save_every 4 --init_from {init_from} --out_dir {out}/"
+TRAIN += "--max_new_tokens 32 --log_every 1 --save_every 6 --device {device} "
+TRAIN += "--init_from {init_from} --out_dir {out}/"
 STEPS = {  # name: (most seconds, arguments of python)
-    "tests": (60, "-m pytest -q -k cuda gpt2 test_sdft.py"),
-    "toy": (90, "train_toy.py --device {device} --out_dir {out}/toy"),
-    "float32": (40, TRAIN + "float32 --dtype float32"),
-    "bfloat16": (40, TRAIN + "bfloat16 --dtype bfloat16"),
-    "adapters": (40, TRAIN + "adapters --dtype float32 --lora_rank 16"),
+    "tests": (45, "-m pytest -q -k cuda gpt2/test_fast.py gpt2/test_lora.py"),
+    "toy": (75, "train_toy.py --device {device} --out_dir {out}/toy"),
+    "float32": (50, TRAIN + "float32 --dtype float32"),
+    "bfloat16": (45, TRAIN + "bfloat16 --dtype bfloat16"),
+    "adapters": (45, TRAIN + "adapters --dtype float32 --lora_rank 16"),
     "torchrun": (60, "-m torch.distributed.run --nproc_per_node={gpus} " + TRAIN + "torchrun"),
-    "speed": (150, "-m gpt2.bench --peers --device {device} --init_from {init_from}"),
+    "speed": (160, "-m gpt2.bench --peers --device {device} --init_from {init_from}"),
     "gpt2-xl": (60, "-m gpt2.bench --device {device} --init_from gpt2-xl"),
 }
 RESUMED = 60  # most seconds of the step "resumed"
@@ -42,12 +47,15 @@ def run(arguments, limit):
     """The command, its exit status (124: too long), seconds and last lines."""
     start, command = time.perf_counter(), [sys.executable, *arguments.split()]
     about = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, **about) as process:
+    with subprocess.Popen(command, start_new_session=True, **about) as process:
         try:
             output, _ = process.communicate(timeout=limit)
             status = process.returncode
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers then
+            time.sleep(3)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own processes are left, e.g. bench's
             output, _ = process.communicate()
             status = 124
     seconds = round(time.perf_counter() - start, 1)
@@ -56,10 +64,10 @@ def run(arguments, limit):
 
 
 def resumed(arguments, folder, uninterrupted):
-    """As `run`, of a run that is killed after its first checkpoint and goes on."""
+    """As `run`, of a run that is killed after a checkpoint on its way and goes on."""
     process = subprocess.Popen([sys.executable, *arguments.split()], stdout=subprocess.DEVNULL)
     end = time.monotonic() + RESUMED / 2
-    while process.poll() is None and not [*folder.glob("checkpoints/*.pt")]:
+    while process.poll() is None and not [*folder.glob("checkpoints/*[1-9].pt")]:
         if time.monotonic() > end:
             break
         time.sleep(0.05)
@@ -92,7 +100,10 @@ def main(argv=None):
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try it")
     p.add_argument("--out", type=Path, default="gpt2/results/cuda.json", help="file to write")
     args = p.parse_args(argv)
-    gpus = torch.cuda.device_count()
+    steps = args.steps or [*STEPS, "resumed"]
+    if not {*steps} <= {*STEPS, "resumed"} or ("resumed" in steps and "float32" not in steps):
+        p.error(f"steps are {', '.join(STEPS)} and, with float32, resumed")
+    gpus = min(torch.cuda.device_count(), 2)
     if args.device == "cuda" and not gpus:
         sys.exit("error: torch finds no GPU; --device cpu tries the steps without one")
     found = files.machine(args.device) | dict(gpus=gpus, cuda=torch.version.cuda)
@@ -100,7 +111,7 @@ def main(argv=None):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as out:
         names = dict(device=args.device, init_from=args.init_from, out=out, gpus=gpus or 1)
-        for step in args.steps or [*STEPS, "resumed"]:
+        for step in steps:
             if step == "resumed":
                 arguments = (TRAIN + "resumed --dtype float32").format(**names)
                 done = resumed(arguments, Path(out, "resumed"), Path(out, "float32"))

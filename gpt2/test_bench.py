@@ -32,7 +32,11 @@ def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
     assert (theirs.teacher_model_kind, theirs.teacher_update_rate) == ("ema", 0.02)
     assert theirs.num_generations == theirs.num_iterations == theirs.steps_per_generation == 1
     assert [options["micro_batch"] for options in calls] == [None] * 8 + [2] * 4
-    assert calls[4]["rollout_dtype"] == torch.bfloat16 and calls[0]["lengths"] == [8, 8]
+    dtypes = [options["rollout_dtype"] for options in calls[::4]]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32] and calls[0]["lengths"] == [
+        8,
+        8,
+    ]
     printed, number = capsys.readouterr().out, r"([\d.,]+)"
     assert "| rollout 8 × (64 + 64), bfloat16, tokens/s | 128 | 1,024 | 8.00 |" in printed
     for what in ("update 2 × (4 + 4), s", "peak memory of it, MiB"):

@@ -1,4 +1,4 @@
-"""What gpt2/lora.py guarantees: adapters over one set of frozen weights. CPU only, offline."""
+"""What gpt2/lora.py guarantees: adapters over one set of frozen weights. Offline."""
 
 import copy
 
