@@ -34,9 +34,7 @@ def taught(start, seed, settings, text="both"):
     """Scores after training on the new facts, and as "val" after training on others instead."""
     metrics = {}
     for part in ("val", "new"):
-        data = facts(part, seed, reads=text)
-        if settings.get("style") == "own":
-            data["demonstrations"] = data["answers"]
+        data = facts(part, seed, reads=text, style=settings["style"])
         n = len(data["prompts"])
         data["known"] = facts("known", seed)["prompts"].reshape(n, 3, -1)
         student, _ = train(start, data, seed, **settings)

@@ -116,10 +116,10 @@ def facts_batch(rng, n, seed):
     return (with_text(prompts, results, reads) if reads else prompts), toy.answers(results)
 
 
-def facts(part, seed=0, question="A", reads="both"):
+def facts(part, seed=0, question="A", reads="both", style="expert"):
     """The questions on one part of FACTS, in the form of `toy.skill`.
 
-    `reads` is what the teacher reads; the demonstrations are always full answers.
+    `reads` is what the teacher reads; the demonstrations are full answers in a style.
     """
     attributes, order = entities(seed)
     entity = order[slice(*FACTS[part])]
@@ -128,7 +128,7 @@ def facts(part, seed=0, question="A", reads="both"):
     return {
         "prompts": prompts,
         "teacher_prompts": with_text(prompts, results, reads),
-        "demonstrations": toy.answers(results, "expert"),
+        "demonstrations": toy.answers(results, style),
         "answers": toy.answers(results),
     }
 

@@ -67,9 +67,8 @@ def resumed(arguments, folder, uninterrupted):
     """As `run`, of a run that is killed after a checkpoint on its way and goes on."""
     process = subprocess.Popen([sys.executable, *arguments.split()], stdout=subprocess.DEVNULL)
     end = time.monotonic() + RESUMED / 2
-    while process.poll() is None and not [*folder.glob("checkpoints/*[1-9].pt")]:
-        if time.monotonic() > end:
-            break
+    is_saved = lambda: any(folder.glob("checkpoints/*[1-9].pt"))
+    while process.poll() is None and not is_saved() and time.monotonic() < end:
         time.sleep(0.05)
     process.kill()
     process.wait()

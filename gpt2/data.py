@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gpt2.tokenizer import Tokenizer
-from sdft import completion_logits, student_context, teacher_context
+from sdft import student_context, teacher_context
 
 FIELDS = ("prompt", "demonstration", "article", "answer", "text", "where")
 ALIASES = {"privileged_context": "demonstration", "completion": "demonstration"}
@@ -173,18 +173,3 @@ def pad_right(sequences, eos_id, device):
     C = int(lengths.max())
     tokens = torch.tensor([s + [eos_id] * (C - len(s)) for s in sequences], device=device)
     return tokens, torch.arange(C, device=device) < lengths
-
-
-def scored(model, pairs, eos_id, size):
-    """Logits (B, C, V), tokens and mask (B, C) of at most `size` (prompt, completion) at a time.
-
-    They are fewer if the longest prompt and the longest completion do not fit together.
-    """
-    while pairs:
-        n, most = min(size, len(pairs)), model.config.block_size
-        while n > 1 and sum(max(len(pair[i]) for pair in pairs[:n]) for i in (0, 1)) > most:
-            n -= 1
-        prompts, completions = zip(*pairs[:n])
-        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
-        yield completion_logits(model, prompts, tokens), tokens, mask
-        pairs = pairs[n:]

@@ -10,7 +10,7 @@ import torch
 
 from data import watch
 from data.scoring import contains, is_exact
-from gpt2.data import scored
+from gpt2.fast import scored
 from sdft import completion_logits, rollout, token_divergence
 
 N_WATCHED = 24  # training rows

@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sdft
 from gpt2 import lora
-from gpt2.data import pad_right, scored
+from gpt2.data import pad_right
 from model import GPT, Block
-from sdft import clip_and_step, ema_update, left_pad, sft_loss, token_divergence
+from sdft import clip_and_step, completion_logits, ema_update, left_pad, sft_loss, token_divergence
 
 CHUNK = 64  # tokens whose logits exist at a time
 
@@ -312,6 +312,21 @@ def train_step(
     ema_update(*moving, alpha)
     info = {"divergence": divergences, "completions": completions}
     return loss, info | {"mask": mask, "loss_mask": loss_mask}
+
+
+def scored(model, pairs, eos_id, size):
+    """Logits (B, C, V), tokens and mask (B, C) of at most `size` (prompt, completion) at a time.
+
+    They are fewer if the longest prompt and the longest completion do not fit together.
+    """
+    while pairs:
+        n, most = min(size, len(pairs)), model.config.block_size
+        while n > 1 and sum(max(len(pair[i]) for pair in pairs[:n]) for i in (0, 1)) > most:
+            n -= 1
+        prompts, completions = zip(*pairs[:n])
+        tokens, mask = pad_right(completions, eos_id, next(model.parameters()).device)
+        yield completion_logits(model, prompts, tokens), tokens, mask
+        pairs = pairs[n:]
 
 
 def sft_step(student, optimizer, prompts, demonstrations, eos_id, grad_clip=1.0, micro_batch=None):

@@ -21,9 +21,11 @@ def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
     kept = lambda self: configs.append(self.args) or train(self)
     monkeypatch.setattr(sdft.SDFTTrainer, "train", kept)
     calls, step = [], fast.train_step
-    counted = lambda *inputs, **options: (
-        calls.append(options | {"lengths": [*map(len, inputs[4])]}) or step(*inputs, **options)
-    )
+
+    def counted(*inputs, **options):
+        calls.append(options | {"lengths": [*map(len, inputs[4])]})  # of the teacher's prompts
+        return step(*inputs, **options)
+
     monkeypatch.setattr(fast, "train_step", counted)
     bench.main(["--peers", "--init_from", str(tmp_path)])
     (theirs,) = configs
