@@ -12,7 +12,6 @@ B batch, T new tokens, S cached and new columns, D width, H heads, V vocabulary
 """
 
 import json
-import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -28,8 +27,6 @@ GPT2_SIZES = {  # layers, heads, width
 }
 SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig in config.json
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-# Of torch.compile, DistributedDataParallel, PEFT, and Hugging Face's model with its output layer.
-PREFIXES = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.|transformer\.)+")
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks in some checkpoints, not weights
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these as (in, out)
 # What this file computes; a checkpoint whose config.json asks for anything else is refused.
@@ -194,7 +191,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, config, state):
         """A model of Hugging Face's GPT-2 weights {name: tensor}; names and shapes must match."""
-        state = {PREFIXES.sub("", k): w for k, w in state.items() if not k.endswith(MASKS)}
+        state = {k.removeprefix("transformer."): w for k, w in state.items() if not k.endswith(MASKS)}
         head = state.pop("lm_head.weight", None)
         if head is not None and not head.equal(state.get("wte.weight", head)):
             raise ValueError("lm_head.weight is not wte.weight; only a tied output layer is known")

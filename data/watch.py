@@ -94,8 +94,7 @@ def sample_row(ids, student_logits, teacher_logits, decode, divergence, **about)
     short = lambda number: float(f"{number.item():.5g}")
 
     def likeliest(probs):
-        top = probs.topk(min(3, len(probs))).indices.tolist()
-        return [[i, decode([i]), short(probs[i])] for i in top]
+        return [[i, decode([i]), short(probs[i])] for i in probs.topk(3).indices.tolist()]
 
     tokens = []
     for t, i in enumerate(ids):

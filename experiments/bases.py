@@ -59,7 +59,7 @@ def derive(metrics):
 
 SIZES = {f"{d} x {w}": dict(n_layer=d, n_embd=w) for d, w in ((1, 128), (2, 32), (2, 64), (2, 128))}
 SIZE_ARMS = [dict(arm=f"{size}, base", **fields) for size, fields in SIZES.items()]
-SIZE_RATES = {"sft": HIGH[1:], "sdft": LOW}
+SIZE_RATES = {"sft": HIGH, "sdft": LOW}
 SIZE_ARMS += [
     a for s, fields in SIZES.items() for a in grid(SIZE_RATES, condition=f"{s}, ", **fields)
 ]

@@ -24,7 +24,7 @@ def figure(rows, plt):
     return tables.new_and_prior(rows, plt, "n", "demonstrations")
 
 
-RATES_OF = {"sft": RATES}
+RATES_OF = {"sft": (6e-6, *RATES)}
 RATES_OF |= dict.fromkeys(["sft, own style", "sdft", "sdft, forward KL"], LOW)
 NUMBERS = (8, 16, 32, 64, 128, 400)
 DEMONSTRATIONS = runner.Experiment(
