@@ -83,8 +83,6 @@ def test_perplexity_is_exp_of_nats_per_token():
     probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
     nats = -sum(map(math.log, probs)) / 8
     assert scores(model, texts=texts)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
-    model.log_probs[EOS, ord("a")] = -1e6  # e^700 is a number, e^710 none
-    assert scores(model, texts=texts[:1])["prior_ppl"] == pytest.approx(math.exp(700))
 
 
 def test_every_token_of_an_answer_must_be_likeliest():

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -234,13 +233,15 @@ def test_two_processes_make_the_update_of_one(tmp_path, base, data, monkeypatch)
 
 
 def test_a_run_keeps_its_folder_to_itself(tmp_path, base, data, whole, monkeypatch, capsys):
-    """From a new run, from --resume without a checkpoint, from another that still writes."""
+    """From a new run, also of train_toy, from --resume without a checkpoint, from another."""
     out = tmp_path / "out"
     for folder, argv in ((out, flags(base, data, out)), (whole, ["--resume", "--out_dir", whole])):
         with checkpoint.locked(folder):  # Two would mix their logs.
             assert f"another run is writing to {folder}" in error_of(*argv)
     assert not out.exists()  # it was empty
     assert "already holds a run" in error_of(*flags(base, data, whole))
+    with pytest.raises(ValueError, match="a folder of its own"):
+        files.begin_anew(whole, [])
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows, which has no such locks
     written = {path.name for path in whole.iterdir()} - {"checkpoints"}
     for name in [*written, "best", "adapter", "pytorch_model.bin"]:
@@ -262,17 +263,13 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     """And nothing is written: flags, files, models, data, processes. Of full memory, the remedy."""
     argv, row = flags(base, data, tmp_path / "out"), {"prompt": "Q\n", "demonstration": "D"}
     checkpoint.save_model(small_gpt(vocab_size=300), tmp_path / "odd")
-    small = shutil.copytree(base, tmp_path / "small")
-    checkpoint.save_model(small_gpt(vocab_size=200), small)
     unscored = write_rows(tmp_path / "d", [row])
     values = [(f"--{name}", -1) for name in CHANGED] + [("--lr", "nan"), ("--out_dir", "")]
     values += [("--step", 1), ("--temperature", 0.009), ("--skip_tokens", 6)]
     wrong = [(flag, value, flag) for flag, value in values]  # by argparse, which names the flag
     wrong += [("--test", "nope", "nope"), ("--data", os.devnull, "no rows")]
     wrong += [("--init_from", "nowhere", "cannot load nowhere"), ("--data", "", "--data is")]
-    wrong += [("--init_from", small, "263 tokens, the model 200"), ("--device", "abacus", "abacus")]
-    wrong += [("--base", tmp_path / "odd", "--base must"), ("--max_new_tokens", 400, "n_positions")]
-    wrong += [("--out_dir", ROOT / "LICENSE" / "x", "LICENSE")]
+    wrong += [("--base", tmp_path / "odd", "--base must"), ("--device", "abacus", "abacus")]
     for flag, value, word in wrong:
         assert word in error_of(*argv, flag, value), (flag, value)
     assert "needs a score" in error_of(*argv, "--data", unscored, "--keep", "best")
