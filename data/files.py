@@ -36,8 +36,7 @@ def errors_in_a_sentence(interrupted):
 
 def begin_anew(folder, names):
     """The folder of a new run, without an earlier one's logs and files of these names."""
-    of_gpt2 = (folder / "checkpoints").exists()
-    if folder == Path() or of_gpt2:
+    if folder == Path() or (folder / "checkpoints").exists():  # of a run of gpt2.train
         raise ValueError(f"{folder} is not for a new run; --out_dir must name a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl", *names):

@@ -100,10 +100,8 @@ class RowReader:
         row["demonstration"] = ""
         if self.imitates or "demonstration" in line:
             row["demonstration"] = text_of(line, "demonstration")
-            row["demonstration_ids"] = [
-                *self.tokenizer.encode(row["demonstration"]),
-                self.tokenizer.eos_id,
-            ]
+            ids = self.tokenizer.encode(row["demonstration"])
+            row["demonstration_ids"] = [*ids, self.tokenizer.eos_id]
             row["glued"] = not (row["prompt"][-1].isspace() or row["demonstration"][0].isspace())
         if self.imitates:
             row["need"] = max(row["need"], len(row["prompt_ids"]) + len(row["demonstration_ids"]))

@@ -99,9 +99,12 @@ def test_train_step_equals_the_textbook_step(
     micro_batch, options, device, textbook_draws, monkeypatch
 ):
     """The rollout, loss, divergences, student and teacher, with at most 4 tokens' logits."""
-    inputs, sizes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), []
-    counted = lambda p, *rest: sizes.append(len(p)) or sdft.token_divergence(p, *rest)
+    inputs, sizes, passes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), [], []
+    loss_of, divergence_of = fast.chunked_sdft_loss, fast.token_divergence
+    counted = lambda p, *rest: sizes.append(len(p)) or divergence_of(p, *rest)
     monkeypatch.setattr(fast, "token_divergence", counted)
+    counted = lambda hidden, *rest: passes.append(len(hidden)) or loss_of(hidden, *rest)
+    monkeypatch.setattr(fast, "chunked_sdft_loss", counted)
     monkeypatch.setattr(fast, "CHUNK", 4)
     student, teacher, optimizer = roles(device)
     loss, info = sdft.train_step(student, teacher, optimizer, *inputs, **options)
@@ -114,6 +117,7 @@ def test_train_step_equals_the_textbook_step(
         seen = loss, info, student.state_dict(), teacher.state_dict()
         same(seen, expected, rtol=1e-5, atol=1e-6)
         assert not torch.equal(seen[2]["wte.weight"], tiny(0).wte.weight.to(device))
+    assert passes == 2 * ([2, 1] if micro_batch else [3])
     assert max(sizes) <= 4 and sum(sizes) == 2 * info["loss_mask"].sum()
 
 
