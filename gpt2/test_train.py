@@ -72,6 +72,8 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(
         argv += ["--test", old, "--teacher_template", template, "--base", whole]
     else:
         argv += ["--teacher_reads", "article"]
+    if kind == "live":
+        argv += ["--lora_rank", 3, "--lora_alpha", 8]
     train.main(flags(base, data, out, *argv, "--old", old))
     cut = "note: the first 3 of 5 rows of test are evaluated (--eval_rows)"
     assert (cut in capsys.readouterr().out.splitlines()) == (kind != "ema")
@@ -86,9 +88,12 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(
     sets |= {"test": ood if kind == "ema" else answered, "questions": questions}
     sets |= {"ood": ood, f"old {old}": ood}
     student = fast.save_memory(load_model(base))
+    if kind == "live":
+        torch.manual_seed(7)
+        lora.add_adapters(student, 3, 8.0)
     teacher = None if kind == "sft" else lora.share(student).requires_grad_(False)
     start = load_model(whole if kind == "ema" else base)  # that the KL is measured to
-    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.5, fused=True)
+    optimizer = torch.optim.AdamW(lora.trained(student).values(), weight_decay=0.5, fused=True)
     looks, logged, samples, phase = [], [], [], "sft" if kind == "sft" else "sdft"
     streams = lambda step, n: fast.row_generators(7, step, range(n), "cpu")
     rollout = lambda *inputs: fast.rollout(*inputs[:5], streams(0, len(inputs[1])))
@@ -127,9 +132,9 @@ def test_a_run_is_a_plain_loop_with_the_values_of_its_flags(
         logged += [pytest.approx(row)] if step + 1 in (2, 4, 5) else []
         look(step + 1) if step + 1 in (3, 5) else None
 
-    same(weights(out), student.state_dict())
+    same(weights(out), lora.merge(student).state_dict())
     moves = kind in ("ema", "live")
-    same(load_run(out)["teacher"], dict(teacher.state_dict()) if moves else {})
+    same(load_run(out)["teacher"], lora.state(teacher) if moves else {})
     assert [int(file.stem) for file in run_checkpoints(out)] == [4, 5]
     looks = [{name: pytest.approx(value) for name, value in row.items()} for row in looks]
     assert metrics(out) == (logged, looks)
