@@ -68,6 +68,8 @@ def test_skills_by_hand():
     by_hand = "06. 60. 77. 33. 42. 16. 64. 66.".split()
     assert [chain(name, "376") for name in toy.PRIOR] == by_hand
     assert chain("X", "425") == "88." and [toy.RIVALS[name] for name in toy.NEW] == [*"ACF"]
+    sets = toy.skills("test", seed=0, n_new=4, n_prior=2)
+    assert [len(data["answers"]) for data in sets.values()] == [2] * 8 + [4] * 3
 
 
 @pytest.mark.parametrize("n_digits", [3, 5])
