@@ -71,6 +71,7 @@ def test_a_step_equals_the_textbook_step():
     same(*found, rtol=1e-5, atol=1e-6)
     changed = {k for k, w in found[1][0].items() if not w.equal(start[k])}
     assert changed == {k for k in start if k.endswith(("lora_A", "lora_B"))}
+    assert len(changed) == 2 * 4 * 2  # of four layers in two blocks
 
 
 def test_transformers_and_peft_open_the_folders(base, data, tmp_path):
