@@ -36,8 +36,7 @@ def errors_in_a_sentence(interrupted):
 
 def begin_anew(folder, names):
     """The folder of a new run, without an earlier one's logs and files of these names."""
-    of_gpt2 = any((folder / name).exists() for name in ("checkpoints", "config.json"))
-    if folder == Path() or of_gpt2:
+    if folder == Path() or (folder / "checkpoints").exists():  # of a run of gpt2.train
         raise ValueError(f"{folder} is not for a new run; --out_dir must name a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl", *names):
@@ -62,7 +61,7 @@ def write_whole(path, write):
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
     try:
-        tmp.touch()
+        tmp.write_bytes(b"")  # without what a kill has left there
         mode = tmp.stat().st_mode
         write(tmp)
         tmp.chmod(mode)  # safetensors writes a file that nobody else may read

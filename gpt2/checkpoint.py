@@ -16,11 +16,11 @@ from gpt2 import lora
 from gpt2.tokenizer import FILES, read_json
 from model import COMPUTED, GPT, GPT2_SIZES, SIZES
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = (*FILES, "chat_template.jinja", "chat_template.json")
 STATE = {"argv", "step", "base_scores", "student", "teacher", "optimizer"}  # of a checkpoint
+# What a run writes.
 OWN = ("results.json", "metrics.jsonl", "samples.jsonl", "best", "adapter", "config.json")
-OWN += ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES)  # what a run writes
+OWN += ("generation_config.json", "model.safetensors", "pytorch_model.bin", *TOKENIZER_FILES)
 
 
 @contextlib.contextmanager
@@ -69,16 +69,10 @@ def rewind(path, step, last):
     """
     if not path.exists():
         return []
-    rows = [row for row in files.read(path)[0] if type(row.get("step")) is int]
     of_look = {"eval", "tokens"}  # in metrics.jsonl and in samples.jsonl
     again = lambda row: row["step"] > step or (row["step"] == last and of_look & row.keys())
-    rows = [row for row in rows if not again(row)]
-
-    def write(tmp):
-        tmp.write_bytes(b"")  # whatever a kill has left there
-        files.append(tmp, rows)
-
-    write_whole(path, write)
+    rows = [row for row in files.read(path)[0] if not again(row)]
+    write_whole(path, lambda tmp: files.append(tmp, rows))
     return rows
 
 
@@ -88,10 +82,7 @@ def load_model(name_or_folder):
     A name in GPT2_SIZES wins over a folder of that name (write ./gpt2 for the folder).
     """
     try:
-        model = GPT.from_pretrained(name_or_folder)
-        if model.config.n_embd % model.config.n_head:
-            raise ValueError("n_head of config.json does not divide n_embd")
-        return model
+        return GPT.from_pretrained(name_or_folder)
     except Exception as e:  # whatever a missing or damaged file makes the readers raise
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         remedy = "name a folder with config.json and weights of GPT-2, or fetch its files again"
@@ -113,20 +104,19 @@ def save_model(model, folder, tokenizer=None):
     ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
     fields = COMPUTED | {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
     fields |= dict(zip(SIZES, astuple(c))) | ends
-    name, stale, weights = *WEIGHT_FILES, model.checkpoint()
+    weights = model.checkpoint()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         from safetensors.torch import save_file  # optional
 
         format = {"format": "pt"}
-        write_whole(folder / name, lambda tmp: save_file(weights, tmp, metadata=format))
+        path = folder / "model.safetensors"
+        write_whole(path, lambda tmp: save_file(weights, tmp, metadata=format))
     except ImportError:
-        name, stale = stale, name
-        write_tensors(folder / name, weights)
+        write_tensors(folder / "pytorch_model.bin", weights)
     write_json(folder / "config.json", fields)
     generates = read_json(source / "generation_config.json") if source else {}
     write_json(folder / "generation_config.json", ends | generates | {"eos_token_id": eos_id})
-    (folder / stale).unlink(missing_ok=True)  # an earlier save's, which readers may prefer
     for name in TOKENIZER_FILES if source else ():
         if (source / name).is_file():
             write_whole(folder / name, lambda tmp: shutil.copyfile(source / name, tmp))

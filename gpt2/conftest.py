@@ -97,10 +97,13 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A checkpoint folder with weights and vocabulary; its responses differ in length."""
+    """A checkpoint folder with all that goes with the weights; its responses differ in length."""
     folder = tmp_path_factory.mktemp("base")
     write_vocabulary(folder)
     checkpoint.save_model(small_gpt(noise=0.2, ends=3.0), folder)
+    settings = {"repetition_penalty": 1.5, "eos_token_id": 50256}  # which is no token here
+    checkpoint.write_json(folder / "generation_config.json", settings)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
 

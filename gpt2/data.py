@@ -88,11 +88,6 @@ class RowReader:
     imitates: bool = False  # SFT, which needs a demonstration whatever the teacher reads
     skip_long: bool = False
 
-    def encode(self, text):
-        """Token ids. What cannot fit is cut off, but still too long: tiktoken panics at it."""
-        longest = self.tokenizer.longest
-        return self.tokenizer.encode(text[: longest and longest * (self.block_size + 1)])
-
     def training(self, line):
         """prompt and what the template and SFT need; an answer is optional."""
         row = self.task(line, answered="answer" in line)
@@ -100,12 +95,13 @@ class RowReader:
         if template == TEMPLATES["both"] and "article" not in line:  # no other does without it
             template = TEMPLATES["demonstration"]
         row["teacher_prompt"] = PLACEHOLDER.sub(lambda match: text_of(line, match[1]), template)
-        row["teacher_ids"] = self.encode(row["teacher_prompt"])
+        row["teacher_ids"] = self.tokenizer.encode(row["teacher_prompt"])
         row["need"] = max(row["need"], len(row["teacher_ids"]) + self.max_new_tokens)
         row["demonstration"] = ""
         if self.imitates or "demonstration" in line:
             row["demonstration"] = text_of(line, "demonstration")
-            row["demonstration_ids"] = [*self.encode(row["demonstration"]), self.tokenizer.eos_id]
+            ids = self.tokenizer.encode(row["demonstration"])
+            row["demonstration_ids"] = [*ids, self.tokenizer.eos_id]
             row["glued"] = not (row["prompt"][-1].isspace() or row["demonstration"][0].isspace())
         if self.imitates:
             row["need"] = max(row["need"], len(row["prompt_ids"]) + len(row["demonstration_ids"]))
@@ -115,7 +111,7 @@ class RowReader:
         """prompt and answer, of which the student reads the prompt."""
         row = {"prompt": text_of(line, "prompt"), "where": line["where"]}
         row["answer"] = text_of(line, "answer") if answered else None
-        row["prompt_ids"] = self.encode(student_context(row["prompt"]))
+        row["prompt_ids"] = self.tokenizer.encode(student_context(row["prompt"]))
         return row | {"need": len(row["prompt_ids"]) + self.max_new_tokens}
 
     def prior(self, line):
@@ -124,12 +120,12 @@ class RowReader:
             row = self.task(line)
             # A greedy response is right with and without a space before it; so is the answer here.
             word = row["answer"].strip()
-            row["answer_ids"] = [self.encode(word), self.encode(" " + word)]
+            row["answer_ids"] = [self.tokenizer.encode(word), self.tokenizer.encode(" " + word)]
             return row | {"need": len(row["prompt_ids"]) + max(map(len, row["answer_ids"]))}
         if "prompt" in line or "answer" in line:
             raise ValueError(f"{line['where']}: text beside prompt or answer; write two rows")
         # The end token stands before a text, and its last token predicts nothing.
-        ids = self.encode(text_of(line, "text"))
+        ids = self.tokenizer.encode(text_of(line, "text"))
         return {"text_ids": ids, "need": len(ids), "where": line["where"]}
 
     def read(self, path, make_row):
@@ -144,8 +140,8 @@ class RowReader:
         too_long = [row for row in rows if row["need"] > self.block_size]
         if too_long and not (self.skip_long and fit):
             raise ValueError(
-                f"{too_long[0]['where']}: context and response need {too_long[0]['need']} tokens "
-                f"or more, and the model has n_positions={self.block_size}; shorten the row, lower "
+                f"{too_long[0]['where']}: context and response need {too_long[0]['need']} tokens, "
+                f"and the model has n_positions={self.block_size}; shorten the row, lower "
                 f"--max_new_tokens, or drop such rows ({len(too_long)}) with --skip_long"
             )
         what = f"dropped rows that exceed n_positions={self.block_size} (--skip_long)"

@@ -15,16 +15,15 @@ from gpt2.conftest import same, small_gpt
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
 def test_saved_weights_load_bit_for_bit(form, tmp_path, monkeypatch):
-    """The stale file of an earlier save is gone, and the configuration is complete."""
+    """The configuration is complete, and everybody may read all files."""
     if form == "model.safetensors":
         pytest.importorskip("safetensors", reason="safetensors is not installed; it is optional")
     else:
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
     model = small_gpt()
-    for name in checkpoint.WEIGHT_FILES:
-        (tmp_path / name).write_bytes(b"stale")
     save_model(model, tmp_path, types.SimpleNamespace(eos_id=7, folder=None))
     assert {p.name for p in tmp_path.iterdir()} == {form, "config.json", "generation_config.json"}
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
     config = json.loads((tmp_path / "config.json").read_text())
     expected = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=320)
     expected |= dict(vocab_size=263, n_layer=2, n_head=2, n_embd=32, activation_function="gelu_new")
@@ -36,10 +35,6 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path, monkeypatch):
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*; .* fetch its files again"):
         load_model(str(tmp_path))
-    model.config.n_head = 3
-    save_model(model, tmp_path)
-    with pytest.raises(ValueError, match=f"cannot load {tmp_path} .*n_head .* does not divide"):
-        load_model(str(tmp_path))
 
 
 def test_a_log_goes_back_to_a_step(tmp_path):
@@ -48,7 +43,7 @@ def test_a_log_goes_back_to_a_step(tmp_path):
     rows = [{"step": step, "text": text} for step in (0, 1, 2, 3)]
     looks = [{"step": 2, "eval": {}}, {"step": 2, "tokens": []}, {"step": 1, "eval": {}}]
     lines = [json.dumps(row, ensure_ascii=False) for row in [*rows, *looks]]
-    path.write_text("\n".join([*lines, "{}", '{"step": "1"}', '{"step": 1, "te']), encoding="utf-8")
+    path.write_text("\n".join([*lines, '{"step": 1, "te']), encoding="utf-8")
     expected = [*rows[:3], looks[2]]
     (tmp_path / ".log.jsonl.tmp").write_text("left by a kill")
     assert checkpoint.rewind(path, 2, last=2) == expected

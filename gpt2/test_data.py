@@ -6,9 +6,8 @@ import re
 import pytest
 
 from data.scoring import contains
-from gpt2.conftest import BYTES, ROOT, write_rows, write_vocabulary
-from gpt2.data import TEMPLATES, RowReader, minibatch, read_template
-from gpt2.tokenizer import load_tokenizer
+from gpt2.conftest import BYTES, ROOT, write_rows
+from gpt2.data import ALIASES, TEMPLATES, RowReader, minibatch, read_template
 from sdft import teacher_context
 
 ROW = {"prompt": "Where?\n", "demonstration": "In the hat.", "article": "A hat.", "answer": "hat"}
@@ -57,31 +56,26 @@ BAD_LINES = [  # and a word of the message
     *((value, "not JSON") for value in (LINE[:40], b"{}{}", b"{'prompt': 1}", b"[" * 100_000)),
     *((value, "in place of an object") for value in (b"7", b"null", b"[{}]")),
     (LINE[:13] + b"\xff" + LINE[13:], "UTF-8"),
-    *((json.dumps(ROW | {f: "D"}).encode(), "same field") for f in ("completion", "context")),
-    (json.dumps(ROW | {"privileged_context": "D"}).encode(), "same field"),
+    *((json.dumps(ROW | {alias: "D"}).encode(), "same field") for alias in ALIASES),
     (json.dumps({"messages": [{"role": "user"}]}).encode(), "messages are not read; write prompt"),
     *((json.dumps(ROW | {f: " \n"}).encode(), f"{f} is missing, empty or no text") for f in ROW),
     (json.dumps(ROW | {"answer": 7}).encode(), "answer is missing, empty or no text"),
-    (json.dumps(ROW | {"prompt": " " * 10**6 + "x"}).encode(), "n_positions"),  # tiktoken panics
 ]
 
 
 def test_every_bad_line_is_named_by_number(tmp_path):
     """File, line and what is wrong. A mistyped placeholder would be read as text."""
-    write_vocabulary(tmp_path)
-    path, reader = tmp_path / "bad.jsonl", RowReader(load_tokenizer(tmp_path, 263), 320, 8)
+    path = tmp_path / "bad.jsonl"
     for bad, word in BAD_LINES:
         path.write_bytes(LINE + b"\n" + bad + b"\n" + LINE)
         with pytest.raises(ValueError) as error:
-            reader.read(path, reader.training)
+            read(path)
         message = str(error.value)
         assert f"{path}:2: " in message and word in message, (bad[:80], message)
     for more in ({"prompt": "P"}, {"answer": "A"}):
         write_rows(path, [{"text": "T"}, {"text": "T"} | more])
         with pytest.raises(ValueError, match="bad.jsonl:2: text beside prompt or answer"):
-            reader.read(path, reader.prior)
-    full = write_rows(path, [{"text": " the" * 320}])  # What fits is not cut off.
-    assert len(reader.read(full, reader.prior)[0]["text_ids"]) == 320
+            read(path, "prior")
     for bad in TEMPLATE_LINES:
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="bad.jsonl: a template needs {prompt}, and "):

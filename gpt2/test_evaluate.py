@@ -54,17 +54,12 @@ def scores(model, base=None, batch_size=2, **sets):
     return evaluate.evaluate(model, sets, BYTES, 8, batch_size, base)
 
 
-def test_matches_lengths_and_their_sets(monkeypatch, capsys):
-    """Exact and lenient of "test", lenient of the others; an empty set has no score.
-
-    An evaluation that takes long says how far it is.
-    """
+def test_matches_lengths_and_their_sets():
+    """Exact and lenient of "test", lenient of the others; an empty set has no score."""
     model = Table("1ab.$", "2c d$", "3$", "4xx")  # which answer nothing to 3, and no end to 4
     test = [row("Q1", "AB"), row("Q2", "c d"), row("2", "d"), row("3", "y"), row("4", "x")]
     ood = [row("1", "ab"), row("1", "b"), row("2", "c"), row("3", "c")]
-    monkeypatch.setattr(evaluate, "PATIENCE", -1)
-    out, said = scores(model, test=test, ood=ood), capsys.readouterr().out.splitlines()
-    assert said[:3] == [f"evaluating test: {n} of 5 rows" for n in (0, 2, 4)]
+    out = scores(model, test=test, ood=ood)
     assert out["exact"] == pytest.approx(2 / 5) and out["lenient"] == pytest.approx(3 / 5)
     assert out["length"] == pytest.approx((4 + 4 + 4 + 1 + 8) / 5)  # with the end token
     assert out["ood"] == pytest.approx(2 / 4) and out["kl_to_base"] == 0
@@ -88,8 +83,6 @@ def test_perplexity_is_exp_of_nats_per_token():
     probs = [0.9] + [0.9, 0.9, 0.1 / 256] + [0.1 / 256, 1 / 257, 1 / 257, 1 / 257]
     nats = -sum(map(math.log, probs)) / 8
     assert scores(model, texts=texts)["prior_ppl"] == pytest.approx(math.exp(nats), rel=1e-4)
-    model.log_probs[EOS, ord("a")] = -1e6  # e^700 is a number, e^710 none
-    assert scores(model, texts=texts[:1])["prior_ppl"] == pytest.approx(math.exp(700))
 
 
 def test_every_token_of_an_answer_must_be_likeliest():
@@ -118,10 +111,8 @@ def test_report_shows_runs_beside_their_base(tmp_path):
     shared = f"| base of {folders[0]} | 0.25 | - | - | - | - | - | - | - |"
     own = f"| base of {folders[2]} | - | - | - | - | - | - | - | 0.90 |"
     assert rows == [shared, a, b, own, c]
-    for odd in ("[" * 10**5, "{}", json.dumps(results | {"final": {"exact": None}})):
-        (folders[2] / "results.json").write_text(odd)
-        words = f"{folders[2]} is not the --out_dir of a finished run"
-        assert words in error_of("--report", *folders)
+    (folders[2] / "results.json").write_text("{}")
+    assert "c is not the --out_dir of a finished run" in error_of("--report", *folders)
 
 
 def test_what_is_watched():

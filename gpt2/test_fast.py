@@ -1,8 +1,5 @@
 """Each trick of gpt2/fast.py equals the textbook function of sdft.py, on a GPU too where one is."""
 
-import resource
-from itertools import accumulate
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +11,6 @@ from sdft import completion_logits, left_pad
 
 PROMPTS = [[3, 5, 7], [11], [13, 17, 19, 23]]
 TEACHER_PROMPTS = [[29, 31, *p] for p in PROMPTS]
-EVEN = [[3, 5], [7, 11], [13, 17]]
 EOS = 96
 CPU = torch.device("cpu")
 TOKENS = torch.tensor([[2, 3, 4]])
@@ -38,26 +34,11 @@ def streams(device):
 
 @pytest.fixture
 def textbook_draws(monkeypatch, device):
-    """Makes sdft.rollout draw what `streams` give: torch.multinomial inverts the CDF in a loop."""
+    """Makes sdft.rollout draw what `streams` give, by `inverse_cdf`, which has its own oracle."""
     uniforms = [torch.rand(9, generator=g, device=device) for g in streams(device)]
-    calls = iter(torch.stack(uniforms, 1).tolist())
-    token = lambda row, u: next(i for i, c in enumerate(accumulate(row)) if c > u * sum(row))
-
-    def multinomial(probs, count, generator=None):
-        rows = zip(probs.double().tolist(), next(calls))
-        return torch.tensor([[token(row, u)] for row, u in rows], device=device)
-
+    uniforms = iter(torch.stack(uniforms, 1))  # (9, B)
+    multinomial = lambda probs, *_, **__: fast.inverse_cdf(probs, next(uniforms))[:, None]
     monkeypatch.setattr(torch, "multinomial", multinomial)
-
-
-@pytest.mark.parametrize("prompts, temperature", [(PROMPTS, 1.0), (EVEN, 0.7), (PROMPTS, 0)])
-def test_rollout_equals_the_textbook_rollout(prompts, temperature, device, textbook_draws):
-    """Same uniforms, same tokens and mask, from a plain GPT and from a RolloutGPT."""
-    model = tiny().to(device)
-    expected, mask = sdft.rollout(model, prompts, 9, EOS, temperature)
-    for m in (model, fast.RolloutGPT(model)):
-        same(fast.rollout(m, prompts, 9, EOS, temperature, streams(device)), (expected, mask))
-    assert temperature == 0 or len(set(mask.sum(1).tolist())) > 1  # of various lengths
 
 
 def test_streams_differ_by_seed_step_and_place():
@@ -108,17 +89,6 @@ def test_memory_is_saved(monkeypatch):
     assert len(calls) == 2 * len(student.h) and gradient.is_sparse and gradient._nnz() == 3
 
 
-def test_freed_memory_is_used_again():
-    """64 MiB are 16,384 pages, which the system would otherwise map and clear again each time."""
-    fast.keep_freed_memory()
-    mapped = []
-    for _ in range(6):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)
-        mapped.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert min(mapped) < 1000
-
-
 OPTIONS = [dict(), dict(divergence="forward", skip_tokens=4, alpha=0.5)]
 OPTIONS += [dict(divergence="jsd", temperature=0.7, grad_clip=0.01, alpha=0.0)]
 
@@ -128,10 +98,13 @@ OPTIONS += [dict(divergence="jsd", temperature=0.7, grad_clip=0.01, alpha=0.0)]
 def test_train_step_equals_the_textbook_step(
     micro_batch, options, device, textbook_draws, monkeypatch
 ):
-    """Tokens, masks, loss, divergences, student and teacher, with at most 4 tokens' logits."""
-    inputs, sizes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), []
-    counted = lambda p, *rest: sizes.append(len(p)) or sdft.token_divergence(p, *rest)
+    """The rollout, loss, divergences, student and teacher, with at most 4 tokens' logits."""
+    inputs, sizes, passes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), [], []
+    loss_of, divergence_of = fast.chunked_sdft_loss, fast.token_divergence
+    counted = lambda p, *rest: sizes.append(len(p)) or divergence_of(p, *rest)
     monkeypatch.setattr(fast, "token_divergence", counted)
+    counted = lambda hidden, *rest: passes.append(len(hidden)) or loss_of(hidden, *rest)
+    monkeypatch.setattr(fast, "chunked_sdft_loss", counted)
     monkeypatch.setattr(fast, "CHUNK", 4)
     student, teacher, optimizer = roles(device)
     loss, info = sdft.train_step(student, teacher, optimizer, *inputs, **options)
@@ -144,6 +117,7 @@ def test_train_step_equals_the_textbook_step(
         seen = loss, info, student.state_dict(), teacher.state_dict()
         same(seen, expected, rtol=1e-5, atol=1e-6)
         assert not torch.equal(seen[2]["wte.weight"], tiny(0).wte.weight.to(device))
+    assert passes == 2 * ([2, 1] if micro_batch else [3])
     assert max(sizes) <= 4 and sum(sizes) == 2 * info["loss_mask"].sum()
 
 
@@ -181,18 +155,21 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, dev
 def test_each_phase_runs_in_its_dtype(dtype, rollout_dtype, device, monkeypatch):
     """Autocast is of the scoring only. Every weight moves, and stays in float32."""
     student, teacher, optimizer = roles(device)
-    seen, roll_out = {}, fast.rollout
+    seen, rollout, divergence = set(), fast.rollout, fast.token_divergence
 
-    def watch(phase, model):
-        note = lambda *call: seen.update({phase: call[2].dtype})
-        # Before the hook that makes its output float32.
-        model.h[0].attn.c_attn.register_forward_hook(note, prepend=True)
+    def watched_rollout(model, *inputs):
+        seen.add(("rollout", model(TOKENS.to(device)).dtype))
+        return rollout(model, *inputs)
 
-    monkeypatch.setattr(fast, "rollout", lambda m, *x: watch("rollout", m) or roll_out(m, *x))
-    watch("scoring", student)
+    def watched_divergence(logits, *inputs):
+        seen.add(("scoring", logits.dtype))
+        return divergence(logits, *inputs)
+
+    monkeypatch.setattr(fast, "rollout", watched_rollout)
+    monkeypatch.setattr(fast, "token_divergence", watched_divergence)
     options = dict(rollout_dtype=rollout_dtype, generators=streams(device))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         fast.train_step(student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 9, EOS, **options)
-    assert seen == {"scoring": dtype, "rollout": rollout_dtype}
+    assert seen == {("rollout", rollout_dtype), ("scoring", dtype)}
     for after, before in zip(student.parameters(), tiny(0).parameters(), strict=True):
         assert after.dtype == torch.float32 and not after.cpu().equal(before)

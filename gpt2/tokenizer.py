@@ -31,7 +31,6 @@ class Tokenizer:
     decode_all: Callable  # token ids to text
     n_vocab: int
     eos_id: int
-    longest: int | None = None  # characters of a token; None if a text may have any length
     folder: Path | None = None  # that it was read from
 
     def decode(self, tokens):
@@ -141,5 +140,4 @@ def of_encoding(encoding, folder=None):
         decode_all=lambda tokens: join(tokens).decode("utf-8", "backslashreplace"),
         n_vocab=encoding.n_vocab,
         eos_id=eos_id,
-        longest=max(map(len, words.values())),
     )

@@ -364,9 +364,7 @@ def fine_tune(args, argv, rank, n_processes):
         step = -1 if run.base_scores is None else run.step
         checkpoint.rewind(out / "samples.jsonl", step, args.steps)
         rows = checkpoint.rewind(out / "metrics.jsonl", step, args.steps)
-        # All else in the file may be anything.
-        numbers = lambda row: {k: v for k, v in row.items() if k == "step" or type(v) is float}
-        run.looks = [numbers(row) for row in rows if "eval" in row]
+        run.looks = [row for row in rows if "eval" in row]
         if run.base_scores is None:
             run.base_scores = measure(run)
         print("base  " + evaluate.line_of(run.base_scores))
