@@ -251,6 +251,7 @@ def test_table_measures_test_and_log_validation_inputs(runs):
     cells, printed = 2 * ["1.00", "0.00", "0.00", "0.25"], (runs[0] / "printed.txt").read_text()
     assert ["X", *cells] in [line.split() for line in printed.splitlines()]
     assert "warning: the teacher answers 0% right" in printed
+    assert printed.splitlines()[-1].endswith(f"python -m experiments.page {runs[0]}")
     row = {"X": 1, "Y": 0, "Z": 0, "prior": 2 / n}
     base = {"after": "base"} | row | {"X": 0, "teacher": pytest.approx(2 / 3)}
     assert results["base"] == base and "--sft_style=own" in results["command"]

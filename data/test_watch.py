@@ -170,6 +170,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
         files.write_whole(path, lambda tmp: tmp.write_text("new"))
     assert [name for name, *_ in called.mock_calls] == ["fsync", "replace"]
     path.write_text("old")
+    mode = path.stat().st_mode
+    files.write_whole(path, lambda tmp: tmp.write_text("old") and tmp.chmod(0o600))
+    assert path.stat().st_mode == mode  # safetensors hides what it writes from others
     with pytest.raises(OSError, match=r"cannot write .* \((No space left|unexpected pos)\); free"):
         files.write_whole(path, mock.Mock(side_effect=error))
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "old"
