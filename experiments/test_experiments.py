@@ -177,21 +177,17 @@ def test_an_error_is_one_sentence(cause, words, fake, tmp_path, capsys):
 
 
 def test_a_base_is_reused_from_its_file(tmp_path, capsys, monkeypatch):
-    """Made once per seed, world and size; other code makes it again; damage is named."""
+    """Made once per seed, world and size; other code makes it again."""
     vars(common.options).update(out_dir=tmp_path, quick=True)
     size = dict(n_layer=1, n_embd=16)
     first, again = common.base(0, **size), common.base(0, **size)
     assert capsys.readouterr().out.count("pretraining a base") == 1
     torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
-    [path] = (tmp_path / "bases").iterdir()
     common.base(1, **size), common.base(0, "long", **size), common.base(0, n_layer=2, n_embd=16)
     assert len([*(tmp_path / "bases").iterdir()]) == 4
     monkeypatch.setattr(common, "MADE_BY", common.MADE_BY[1:])
     assert torch.equal(common.base(0, **size).wte.weight, first.wte.weight)
     assert capsys.readouterr().out.count("pretraining a base") == 4
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged; delete it"):
-        common.base(0, **size)
 
 
 # --- Settings and verdicts -----------------------------------------------------------------------
@@ -241,7 +237,6 @@ VERDICTS = [  # the values of more and of than, a seed each, and their unit
     ([0.9, 0.5, 0.1], [0.7, 0.3, -0.1], "accuracy", "yes (+0.20 ± 0.00)"),  # of every seed
     ([0.90, 0.92, 0.91], [0.82, 0.82, 0.82], "nats", "undecided (+0.09 ± 0.02)"),
     ([0.88, 0.90, 0.89], [0.98, 0.98, 0.98], "nats", "undecided (-0.09 ± 0.02)"),
-    ([0.90, 0.92, 0.91], [0.87, 0.87, 0.87], "nats", "no difference (+0.04 ± 0.02)"),
     ([0.90, 0.92, 0.91], [0.95, 0.95, 0.95], "nats", "no difference (-0.04 ± 0.02)"),
     ([0.70, 0.68, 0.69], [0.8, 0.8, 0.8], "accuracy", "the reverse (-0.11 ± 0.02)"),
     ([0.9, 0.3, 0.6], [0.4, 0.4, 0.4], "accuracy", "undecided (+0.20 ± 0.75)"),
@@ -268,18 +263,6 @@ def test_a_verdict_needs_interval_and_margin(more, than, unit, expected):
 # --- The report ----------------------------------------------------------------------------------
 
 
-def page(body="of an earlier run\n"):
-    return "".join(f"{n} is\n<!-- {n} -->\n{body}<!-- end -->\n" for n in ["claims", *REPORTED])
-
-
-def test_the_report_changes_its_parts_alone():
-    """Tables of what was measured; the text around them stays."""
-    changed = report.rewritten(page(), {})
-    assert changed.count(report.MISSING) > len(REPORTED) and "earlier" not in changed
-    without = re.sub(r"(<!-- \w+ -->\n).*?<!-- end", r"\1<!-- end", changed, flags=re.S)
-    assert without == page("")
-
-
 def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
     """Its results and figures, and what the forgetting law is then, which is the committed one. A
     run with a file of other arms changes nothing.
@@ -289,7 +272,7 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
         monkeypatch.setattr(report, name, tmp_path / name)
     for path in (report.RESULTS, report.FIGURES, run):
         path.mkdir()
-    report.README.write_text(page())
+    report.README.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in REPORTED))
     for name in forgetting_law.SOURCES:
         tables.write(run / f"{name}.json", RESULTS[name])
     tables.write(run / "kl.json", RESULTS["kl"] | {"rows": RESULTS["kl"]["rows"][1:]})
@@ -305,7 +288,9 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
         assert row["arm"] == committed["arm"]
         assert row["metrics"] == {k: pytest.approx(v) for k, v in committed["metrics"].items()}
     assert (report.FIGURES / "forgetting_law.png").exists()
-    assert "| reverse at 6e-05 | 0.99 ± 0.01 |" in report.README.read_text()
+    text = report.README.read_text()
+    assert text.count(report.MISSING) == len(REPORTED) - len(results)
+    assert "| reverse at 6e-05 | 0.99 ± 0.01 |" in text
 
 
 def test_the_readme_is_what_the_report_writes():
