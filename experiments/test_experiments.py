@@ -145,7 +145,7 @@ def test_only_what_changed_runs_again(fake, tmp_path):
     assert {"sdft.py", "model.py", "common.py"} <= {path.name for path in runner.CORE}
 
 
-def test_arms_and_experiments_can_be_picked(fake, tmp_path):
+def test_arms_and_experiments_can_be_picked(fake, tmp_path, capsys):
     """Costly arms: last, on seed 0, not with --quick, which has its own. A name: that one alone."""
     experiment, ran = fake
     once, other = replace(experiment, once=["a"]), replace(experiment, name="other", once=["b"])
@@ -154,26 +154,18 @@ def test_arms_and_experiments_can_be_picked(fake, tmp_path):
     run(once, tmp_path / "quick")
     run(replace(experiment, quick=["a"]), tmp_path / "quick")
     assert ran == [(0, 2), (1, 2), (0, 1), (0, 2), (0, 1)]
+    for wrong in ("another", "--seeds=0", "--jobs=0"):
+        with pytest.raises(SystemExit):
+            runner.main("", once, other, argv=[*flags, wrong])
+        assert "are at least 1, names among fake, other" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "cause, words",
-    [
-        (torch.cuda.OutOfMemoryError(), "memory is full.*fewer --jobs"),
-        ("--seeds=0", "--seeds and --jobs are at least 1"),
-        ("other", "names among fake"),
-    ],
-)
-def test_an_error_is_one_sentence(cause, words, fake, tmp_path, capsys):
-    """During a run or in the command line: a flag that is wrong is named."""
-
+def test_full_memory_is_one_sentence(fake, tmp_path):
     def measure(seed, **fields):
-        raise cause
+        raise torch.cuda.OutOfMemoryError
 
-    argv = ["--quick", "--jobs=1", f"--out_dir={tmp_path}"] + [cause] * isinstance(cause, str)
-    with pytest.raises(SystemExit) as stop:
-        runner.main("", replace(fake[0], measure=measure), argv=argv)
-    assert re.search(words, str(stop.value) + capsys.readouterr().err)
+    with pytest.raises(SystemExit, match="memory is full; .* fewer --jobs"):
+        run(replace(fake[0], measure=measure), tmp_path)
 
 
 def test_a_base_is_reused_from_its_file(tmp_path, capsys, monkeypatch):
@@ -199,20 +191,6 @@ def test_settings_are_what_the_sweeps_chose():
     for sweep, constants in {"pareto": rates, "search_rates": search.CHOSEN}.items():
         best = chosen(RESULTS[sweep]["rows"], EXPERIMENTS[sweep].choose_by)
         assert {row["arm"]: row["rate"] for row in best if row["arm"] in constants} == constants
-
-
-def test_a_choice_at_the_end_of_its_rates_is_marked():
-    """In tables and claims, by "*"; where one rate was tried there is no end."""
-    rows = [dict(arm="c", metrics={"new": [0.2, 0.2]})]
-    for arm, values in {"a": [0.1, 0.5, 0.2], "b": [0.1, 0.2, 0.5]}.items():
-        for rate, value in zip([1, 2, 3], values):
-            metrics = {"val": [value, value], "prior": [1, 1], "new": [0.5, 0.5]}
-            rows.append(dict(arm=arm, rate=rate, metrics=metrics))
-    assert [*map(tables.label, chosen(rows, ("val", "prior")))] == ["c", "a at 2", "b at 3*"]
-    experiment = runner.Experiment("fake", [], None, [], choose_by=("val", "prior"))
-    claim = dict(metric="new", more="b", than="c", unit="accuracy", here="", cannot="")
-    here, _, verdict = report.judge(claim, report.of_arms(experiment, {"rows": rows}))
-    assert here == "0.50 ± 0.00* against 0.20 ± 0.00" and verdict.startswith("yes")
 
 
 def test_intervals_and_p_values_are_students():
