@@ -100,8 +100,7 @@ def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys
     assert json.loads(lines[1].rstrip(",")) == a | dict(seconds=[0, 0]) and len(lines) == 4
     about = dict(experiment="fake", seeds=[0, 1], seconds=0, torch=torch.__version__)
     assert about.items() <= result.items() and result["machine"]
-    printed = capsys.readouterr().out
-    assert "4/4  seed 1  b" in printed and "| a at 0.5 | 0.60 ± 0.71 |" in printed
+    assert "| a at 0.5 | 0.60 ± 0.71 |" in capsys.readouterr().out
 
 
 def test_resuming_equals_running_through(fake, tmp_path):

@@ -295,15 +295,6 @@ def log_probability(model, prompt, y):
     return log_p[range(len(y)), y].sum()
 
 
-def kl_of_responses(p, q, p_prompt, q_prompt, n):
-    """Σ_y p(y) log(p(y)/q(y)), by enumeration; the gradient is p's."""
-    total = 0
-    for y in responses(n):
-        log_p, log_q = log_probability(p, p_prompt, y), log_probability(q, q_prompt, y).detach()
-        total = total + log_p.exp() * (log_p - log_q)
-    return total
-
-
 def test_gradient_noise_is_unbiased_with_few_draws():
     """E[variance] = sd² and E[|mean|²] - sd²/n = 1 per weight, with n = 2 draws, too."""
     n, sd = 20000, 0.5
@@ -319,51 +310,41 @@ TWO = {"prompts": [[1, 2], [2, 1]], "teacher_prompts": [[1, 2, 3], [2, 1, 3]]}
 
 
 def test_exact_loss_is_the_kl_of_whole_responses(tiny_world):
-    """Eq. (1) by enumeration, a mean over prompts, and its gradient; both losses have one value."""
-    model = tiny(0)
-    rows = zip(TWO["prompts"], TWO["teacher_prompts"])
-    expected = sum(kl_of_responses(model, model, *row, kl.TOKENS) for row in rows) / 2
+    """Eq. (1), Σ_y p(y) log(p(y)/q(y)), by enumeration, a mean over prompts, and its gradient; both
+    losses have one value.
+    """
+    model, expected = tiny(0), 0
+    for prompt, teacher_prompt in zip(TWO["prompts"], TWO["teacher_prompts"]):
+        for y in responses(kl.TOKENS):
+            log_p, log_q = (log_probability(model, x, y) for x in (prompt, teacher_prompt))
+            expected = expected + log_p.exp() * (log_p - log_q.detach()) / 2
     exact = kl.enumerated_loss(model, TWO)
     assert_close(exact, expected)
     assert_close(kl.enumerated_loss(model, TWO, fixed_responses=True), expected)
     assert_close(kl.gradient(exact, model), kl.gradient(expected, model))
 
 
-def expectation(loss_of, model, monkeypatch, n):
-    """The mean of the gradient of loss_of(length) over all responses of at most n tokens."""
-    average = 0
-    for y in responses(n):
-        padded = torch.tensor([[*y] + [3] * (n + 1 - len(y))])  # (1, n + 1)
-        drawn = padded, torch.arange(n + 1)[None] < len(y)
-        monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
-        p = log_probability(model, TWO["prompts"][0], y).exp().item()
-        average += p * kl.gradient(loss_of(len(y)), model)
-    return average
-
-
 @pytest.mark.parametrize("name", [a["name"] for a in kl.ESTIMATORS.arms])
 def test_mean_of_an_estimator_is_what_it_claims(name, tiny_world, monkeypatch):
-    """Eq. (1)'s gradient, or the analytic one's, which is another."""
-    model, one = tiny(0), {key: rows[:1] for key, rows in TWO.items()}
-    average = expectation(lambda _: kl.estimator(model, one, None, name), model, monkeypatch, 3)
+    """Eq. (1)'s gradient, or the analytic one's, which is another: the mean over all responses.
+
+    The losses of the same name in training are means over tokens.
+    """
+    model, one, average = tiny(0), {key: rows[:1] for key, rows in TWO.items()}, 0
+    for y in responses(kl.TOKENS):
+        padded = torch.tensor([[*y] + [3] * (kl.TOKENS - len(y))])  # (1, C)
+        drawn = padded, torch.arange(kl.TOKENS)[None] < len(y)
+        monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
+        loss = kl.estimator(model, one, None, name)
+        if name in kl.LOSSES:
+            batch = one | {"answers": np.zeros((1, kl.TOKENS - 1))}
+            assert_close(len(y) * kl.LOSSES[name](model, model, batch, None), loss)
+        p = log_probability(model, one["prompts"][0], y).exp().item()
+        average += p * kl.gradient(loss, model)
     exact = kl.gradient(kl.enumerated_loss(model, one), model)
     analytic = kl.gradient(kl.enumerated_loss(model, one, fixed_responses=True), model)
     assert (exact - analytic).norm() > 0.01 * exact.norm()
     assert_close(average, analytic if name in ("analytic", "sampled token") else exact)
-
-
-@pytest.mark.parametrize(
-    "loss, n, is_exact",
-    [(kl.sampled_token, 1, True), (kl.sampled_token, 2, False), (kl.reinforce, 2, True)],
-)
-def test_sampled_tokens_have_the_kls_gradient(loss, n, is_exact, tiny_world, monkeypatch):
-    """On average, if a token answers for those after it too. The losses are means over tokens."""
-    student, its_teacher = tiny(0), tiny(1)
-    batch = {key: rows[:1] for key, rows in TWO.items()} | {"answers": np.zeros((1, 1))}
-    loss_of = lambda length: length * loss(student, its_teacher, batch, None)
-    average = expectation(loss_of, student, monkeypatch, n)
-    exact = kl_of_responses(student, its_teacher, TWO["prompts"][0], TWO["teacher_prompts"][0], n)
-    assert torch.allclose(average, kl.gradient(exact, student)) == is_exact
 
 
 def test_four_responses_are_of_the_first_quarter_of_the_prompts(monkeypatch):

@@ -128,12 +128,9 @@ def test_curves_follow_the_metrics(text):
     assert found(text, "curves", "h3") == ["Loss", "New task", "Prior abilities", "KL to the base"]
     tips = found(text, "curves", "title")
     assert tips[:2] == ["SFT, loss, X, step 5: 4", "SFT, loss, X, step 10: 4"]
-    lines = re.findall(r'<polyline points="([^"]*)" stroke-dasharray="([^"]*)"', text)
-    assert lines[0][0] == "112.5,20.0 185.0,20.0 257.5,20.0 330.0,20.0"  # the highest loss
-    assert lines[4] == ("40.0,27.0 112.5,39.6 185.0,42.4 185.0,27.0 257.5,39.6 330.0,42.4", "none")
-    assert lines[7][1] == "5 3"  # the teacher's
-    scale = ["0", "2", "4", "learns X", "learns Y", "20 updates"]
-    assert found(text, "curves", "text")[:7] == [*scale, "0"]
+    lines = re.findall(r'<polyline points="([^"]*)"', text)
+    assert lines[0] == "112.5,20.0 185.0,20.0 257.5,20.0 330.0,20.0"  # the highest loss
+    assert lines[4] == "40.0,27.0 112.5,39.6 185.0,42.4 185.0,27.0 257.5,39.6 330.0,42.4"
     # Forgetting begins where the prior is below the first look's by more than data/watch.py's .1.
     words = "SFT: forgetting began at X, step 10 (prior 0.84)"
     assert found(text, "curves", "li") == [words, "SDFT"]
