@@ -99,28 +99,26 @@ def test_text_of_a_run_is_never_markup(run):
     assert all(row | {"arm": row["phase"].upper(), "run": ""} in on_page for row in rows)
 
 
-def test_answers_stand_side_by_side(text):
-    """Base is the answer before training, an arm's its last, the teacher's has its own prompt."""
+def test_answers_stand_side_by_side(tmp_path):
+    """Base is the answer before training, an arm's its last, the teacher's has its own prompt.
+
+    At a later skill's start the arm is trained: the base's column stays empty. 12 looks are kept.
+    """
+    first, later = make_samples(), [row | {"prompt": "later"} for row in make_samples(skill="Y")]
+    rows = first + later + [first[0] | {"step": step} for step in range(11, 41)]
+    files.append(tmp_path / "samples.jsonl", rows)
+    text, prompts = written(tmp_path)
     assert found(text, "sides", "th") == ["prompt", "expected", "base", "SFT", "SDFT", "teacher"]
-    prompt, expected, *answers = found(text, "sides", "td")[:6]
-    assert (prompt, expected) == ("a prior question (prior)", EVIL)
-    base, teacher, _, sft, *_, sdft = [row for row in make_samples() if row["kind"] == "prior"]
-    for cell, row in zip(answers, (base, sft, sdft, teacher), strict=True):
+    cells = found(text, "sides", "td")
+    assert cells[:2] == ["a prior question (prior)", EVIL]
+    base, teacher, *_, sdft = [row for row in first if row["kind"] == "prior"]
+    for cell, row in zip(cells[2:6], (base, rows[-1], sdft, teacher), strict=True):
         verdict = "✓ correct" if row["correct"] else "✗ wrong"
         assert cell.startswith(row["response"].strip())
         assert cell.endswith(f"{verdict}, X, step {row['step']}")
-
-
-def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm is trained: the base's column stays empty. Of many looks 12 are kept."""
-    rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
-    rows += [row | {"step": step} for step in range(30) for row in rows[:1]]
-    files.append(tmp_path / "samples.jsonl", rows)
-    text, prompts = written(tmp_path)
-    cells = found(text, "sides", "td")
-    assert "step 0" in cells[2] and cells[12:15:2] == ["later (prior)", "–"]
+    assert cells[12:15:2] == ["later (prior)", "–"]
     steps = [row["step"] for row in prompts[0]["SFT"]]
-    assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 29
+    assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 40
 
 
 def test_curves_follow_the_metrics(text):
