@@ -65,8 +65,7 @@ def test_every_experiment_runs_as_its_committed_results_did(name, folder, monkey
     rows = run(replace(experiment, bases=experiment.bases[-1:], **few), folder)["rows"]
     for row, i in zip(rows, one_of.values(), strict=True):
         assert row["arm"] == committed[i]["arm"]
-        derived = {"end"}
-        assert {*committed[i]["metrics"]} - derived <= {*row["metrics"]}
+        assert {*committed[i]["metrics"]} - {"end"} <= {*row["metrics"]}  # which is derived
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in row["metrics"].values())
     if experiment.figure:
         tables.draw(experiment.figure, committed, folder / "figure.png")
@@ -103,18 +102,24 @@ def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys
     assert "| a at 0.5 | 0.60 ± 0.71 |" in capsys.readouterr().out
 
 
-def test_resuming_equals_running_through(fake, tmp_path):
-    """An interruption loses the arm in flight and a line cut short, and nothing else."""
+@pytest.mark.parametrize(
+    "error, words",
+    [(KeyboardInterrupt, "goes on after the last"), (torch.cuda.OutOfMemoryError, "fewer --jobs")],
+)
+def test_resuming_equals_running_through(error, words, fake, tmp_path):
+    """An end before the end is one sentence, that the same command goes on, and loses the arm in
+    flight and a line cut short, and nothing else.
+    """
     experiment, ran = fake
 
     def interrupted(seed, x, **settings):
         if len(ran) == 3:
-            raise KeyboardInterrupt
+            raise error
         return experiment.measure(seed, x)
 
     through = run(experiment, tmp_path / "through", "--seeds", "2")
     ran.clear()
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match=f"; the same command .*{words}"):
         run(replace(experiment, measure=interrupted), tmp_path, "--seeds", "2")
     assert not (tmp_path / "fake.json").exists()
     log = tmp_path / "fake.jsonl"
@@ -157,14 +162,6 @@ def test_arms_and_experiments_can_be_picked(fake, tmp_path, capsys):
         with pytest.raises(SystemExit):
             runner.main("", once, other, argv=[*flags, wrong])
         assert "are at least 1, names among fake, other" in capsys.readouterr().err
-
-
-def test_full_memory_is_one_sentence(fake, tmp_path):
-    def measure(seed, **fields):
-        raise torch.cuda.OutOfMemoryError
-
-    with pytest.raises(SystemExit, match="memory is full; .* fewer --jobs"):
-        run(replace(fake[0], measure=measure), tmp_path)
 
 
 def test_a_base_is_reused_from_its_file(tmp_path, capsys, monkeypatch):
