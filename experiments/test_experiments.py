@@ -107,8 +107,8 @@ def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys
     [(KeyboardInterrupt, "goes on after the last"), (torch.cuda.OutOfMemoryError, "fewer --jobs")],
 )
 def test_resuming_equals_running_through(error, words, fake, tmp_path):
-    """An end before the end is one sentence, that the same command goes on, and loses the arm in
-    flight and a line cut short, and nothing else.
+    """An interruption, or a full memory, is told in a sentence. It loses the arm in flight and a
+    line cut short, and nothing else.
     """
     experiment, ran = fake
 

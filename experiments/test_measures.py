@@ -397,6 +397,7 @@ def test_methods_have_their_losses(tiny_world):
     until_end = lambda values: (values[0, :2].mean() + values[1].mean()) / 2
     shown, prior = said("prompts", "demonstrations"), said("prior_prompts", "prior_answers")
     new, of_base = (log_p(model, "prompts", "demonstrations") for model in (student, base))
+    parameters = [*student.parameters()]
     for name, expected in {
         "sft + KL, w 0.3": -shown.mean() + 0.3 * divergence(new, of_base.detach()).mean(),
         "dft": -(shown.exp().detach() * shown).mean(),
@@ -409,8 +410,7 @@ def test_methods_have_their_losses(tiny_world):
         more = {k: settings[k] for k in ("weight", "divergence", "texts") if k in settings}
         found = settings["method"](student, base, BATCH, None, **more)
         assert_close(found, expected)
-        weights = [*student.parameters()]
-        for gradient in torch.autograd.grad(found - expected, weights, retain_graph=True):
+        for gradient in torch.autograd.grad(found - expected, parameters, retain_graph=True):
             assert gradient.abs().max() < 1e-9
 
 
