@@ -156,7 +156,7 @@ def test_arms_and_experiments_can_be_picked(fake, tmp_path, capsys):
     flags = ["--jobs=1", "--out_dir", str(tmp_path)]
     runner.main("", once, other, argv=["fake", *flags, "--seeds", "2"])
     run(once, tmp_path / "quick")
-    run(replace(experiment, quick=["a"]), tmp_path / "quick")
+    run(replace(experiment, quick=["a"]), tmp_path / "named")
     assert ran == [(0, 2), (1, 2), (0, 1), (0, 2), (0, 1)]
     for wrong in ("another", "--seeds=0", "--jobs=0"):
         with pytest.raises(SystemExit):

@@ -411,8 +411,11 @@ def test_every_arm_writes_results_answers_and_looks(folders, tmp_path, monkeypat
             assert shown == [(t, kind) for t in (0, 2) for kind in ("new", "new", "prior", "prior")]
             assert samples[0]["demonstration"] in samples[0]["teacher_prompt"]
     # Two facts, then two calls, whose teacher reads the question before the demonstration too.
-    for (*_, rows, _, training), (steps, n) in zip(calls, 3 * [(2, 1), (1, 2)], strict=True):
+    base, _ = real_model.load(str(folders["llama"]))
+    for call, (steps, n) in zip(calls, 3 * [(2, 1), (1, 2)], strict=True):
+        _, teacher, _, rows, _, training = call
         assert training.steps == steps
+        assert n == 1 or teacher is not base  # but the student that begins with the calls
         assert [row["teacher_prompt"].count(row["prompt"]) for row in rows] == [n, n]
 
 
