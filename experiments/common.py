@@ -40,10 +40,7 @@ def base(seed, world="skills", **sizes):
     path = options.out_dir / "bases" / name
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**sizes))
-    try:
-        saved = torch.load(path, weights_only=True) if path.exists() else {"config": None}
-    except Exception:  # a damaged file makes torch.load raise almost anything
-        raise ValueError(f"{path} is damaged; delete it to pretrain again") from None
+    saved = torch.load(path, weights_only=True) if path.exists() else {"config": None}
     if saved["config"] == config:
         model.load_state_dict(saved["model"])
         return model

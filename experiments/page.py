@@ -13,7 +13,6 @@ import argparse
 import html
 import json
 import math
-import sys
 from pathlib import Path
 
 from data import files, watch
@@ -40,14 +39,10 @@ def main(argv=None):
     p.add_argument("--out", type=Path, help="file to write (default: page.html in the first RUN)")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "page.html"
-    try:
+    with files.errors_in_a_sentence("interrupted; nothing is half written"):
         page = render(*read_runs(args.runs))
         files.write_whole(out, lambda tmp: tmp.write_text(page, "utf-8", errors="replace"))
-    except KeyError as e:
-        sys.exit(f"error: a row of metrics.jsonl or samples.jsonl has no {e}; take it out")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    print(f"open {out} in a browser ({len(page) / 1e3:.0f} kB)")
+        print(f"open {out} in a browser ({len(page) / 1e3:.0f} kB)")
 
 
 def read_runs(folders):
@@ -65,10 +60,7 @@ def read_runs(folders):
             if not path.is_file():
                 notes.append(f"{folder} has no {path.name} yet.")
             elif path.name == "results.json":
-                try:
-                    results[str(folder)] = dict(json.loads(path.read_text(encoding="utf-8")))
-                except (ValueError, TypeError):
-                    notes.append(f"{path} is damaged: there are no settings.")
+                results[str(folder)] = json.loads(path.read_text(encoding="utf-8"))
             else:
                 found, n_damaged = files.read(path)
                 if n_damaged:

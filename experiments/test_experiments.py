@@ -65,8 +65,7 @@ def test_every_experiment_runs_as_its_committed_results_did(name, folder, monkey
     rows = run(replace(experiment, bases=experiment.bases[-1:], **few), folder)["rows"]
     for row, i in zip(rows, one_of.values(), strict=True):
         assert row["arm"] == committed[i]["arm"]
-        derived = {"end"}
-        assert {*committed[i]["metrics"]} - derived <= {*row["metrics"]}
+        assert {*committed[i]["metrics"]} - {"end"} <= {*row["metrics"]}  # which is derived
         assert all(len(v) == 1 and np.isfinite(v[0]) for v in row["metrics"].values())
     if experiment.figure:
         tables.draw(experiment.figure, committed, folder / "figure.png")
@@ -100,22 +99,27 @@ def test_results_have_an_arm_a_line_with_fields_and_seeds(fake, tmp_path, capsys
     assert json.loads(lines[1].rstrip(",")) == a | dict(seconds=[0, 0]) and len(lines) == 4
     about = dict(experiment="fake", seeds=[0, 1], seconds=0, torch=torch.__version__)
     assert about.items() <= result.items() and result["machine"]
-    printed = capsys.readouterr().out
-    assert "4/4  seed 1  b" in printed and "| a at 0.5 | 0.60 ± 0.71 |" in printed
+    assert "| a at 0.5 | 0.60 ± 0.71 |" in capsys.readouterr().out
 
 
-def test_resuming_equals_running_through(fake, tmp_path):
-    """An interruption loses the arm in flight and a line cut short, and nothing else."""
+@pytest.mark.parametrize(
+    "error, words",
+    [(KeyboardInterrupt, "goes on after the last"), (torch.cuda.OutOfMemoryError, "fewer --jobs")],
+)
+def test_resuming_equals_running_through(error, words, fake, tmp_path):
+    """An interruption, or a full memory, is told in a sentence. It loses the arm in flight and a
+    line cut short, and nothing else.
+    """
     experiment, ran = fake
 
     def interrupted(seed, x, **settings):
         if len(ran) == 3:
-            raise KeyboardInterrupt
+            raise error
         return experiment.measure(seed, x)
 
     through = run(experiment, tmp_path / "through", "--seeds", "2")
     ran.clear()
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match=f"; the same command .*{words}"):
         run(replace(experiment, measure=interrupted), tmp_path, "--seeds", "2")
     assert not (tmp_path / "fake.json").exists()
     log = tmp_path / "fake.jsonl"
@@ -145,53 +149,33 @@ def test_only_what_changed_runs_again(fake, tmp_path):
     assert {"sdft.py", "model.py", "common.py"} <= {path.name for path in runner.CORE}
 
 
-def test_arms_and_experiments_can_be_picked(fake, tmp_path):
+def test_arms_and_experiments_can_be_picked(fake, tmp_path, capsys):
     """Costly arms: last, on seed 0, not with --quick, which has its own. A name: that one alone."""
     experiment, ran = fake
     once, other = replace(experiment, once=["a"]), replace(experiment, name="other", once=["b"])
     flags = ["--jobs=1", "--out_dir", str(tmp_path)]
     runner.main("", once, other, argv=["fake", *flags, "--seeds", "2"])
     run(once, tmp_path / "quick")
-    run(replace(experiment, quick=["a"]), tmp_path / "quick")
+    run(replace(experiment, quick=["a"]), tmp_path / "named")
     assert ran == [(0, 2), (1, 2), (0, 1), (0, 2), (0, 1)]
-
-
-@pytest.mark.parametrize(
-    "cause, words",
-    [
-        (torch.cuda.OutOfMemoryError(), "memory is full.*fewer --jobs"),
-        ("--seeds=0", "--seeds and --jobs are at least 1"),
-        ("other", "names among fake"),
-    ],
-)
-def test_an_error_is_one_sentence(cause, words, fake, tmp_path, capsys):
-    """During a run or in the command line: a flag that is wrong is named."""
-
-    def measure(seed, **fields):
-        raise cause
-
-    argv = ["--quick", "--jobs=1", f"--out_dir={tmp_path}"] + [cause] * isinstance(cause, str)
-    with pytest.raises(SystemExit) as stop:
-        runner.main("", replace(fake[0], measure=measure), argv=argv)
-    assert re.search(words, str(stop.value) + capsys.readouterr().err)
+    for wrong in ("another", "--seeds=0", "--jobs=0"):
+        with pytest.raises(SystemExit):
+            runner.main("", once, other, argv=[*flags, wrong])
+        assert "are at least 1, names among fake, other" in capsys.readouterr().err
 
 
 def test_a_base_is_reused_from_its_file(tmp_path, capsys, monkeypatch):
-    """Made once per seed, world and size; other code makes it again; damage is named."""
+    """Made once per seed, world and size; other code makes it again."""
     vars(common.options).update(out_dir=tmp_path, quick=True)
     size = dict(n_layer=1, n_embd=16)
     first, again = common.base(0, **size), common.base(0, **size)
     assert capsys.readouterr().out.count("pretraining a base") == 1
     torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
-    [path] = (tmp_path / "bases").iterdir()
     common.base(1, **size), common.base(0, "long", **size), common.base(0, n_layer=2, n_embd=16)
     assert len([*(tmp_path / "bases").iterdir()]) == 4
     monkeypatch.setattr(common, "MADE_BY", common.MADE_BY[1:])
     assert torch.equal(common.base(0, **size).wte.weight, first.wte.weight)
     assert capsys.readouterr().out.count("pretraining a base") == 4
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged; delete it"):
-        common.base(0, **size)
 
 
 # --- Settings and verdicts -----------------------------------------------------------------------
@@ -203,20 +187,6 @@ def test_settings_are_what_the_sweeps_chose():
     for sweep, constants in {"pareto": rates, "search_rates": search.CHOSEN}.items():
         best = chosen(RESULTS[sweep]["rows"], EXPERIMENTS[sweep].choose_by)
         assert {row["arm"]: row["rate"] for row in best if row["arm"] in constants} == constants
-
-
-def test_a_choice_at_the_end_of_its_rates_is_marked():
-    """In tables and claims, by "*"; where one rate was tried there is no end."""
-    rows = [dict(arm="c", metrics={"new": [0.2, 0.2]})]
-    for arm, values in {"a": [0.1, 0.5, 0.2], "b": [0.1, 0.2, 0.5]}.items():
-        for rate, value in zip([1, 2, 3], values):
-            metrics = {"val": [value, value], "prior": [1, 1], "new": [0.5, 0.5]}
-            rows.append(dict(arm=arm, rate=rate, metrics=metrics))
-    assert [*map(tables.label, chosen(rows, ("val", "prior")))] == ["c", "a at 2", "b at 3*"]
-    experiment = runner.Experiment("fake", [], None, [], choose_by=("val", "prior"))
-    claim = dict(metric="new", more="b", than="c", unit="accuracy", here="", cannot="")
-    here, _, verdict = report.judge(claim, report.of_arms(experiment, {"rows": rows}))
-    assert here == "0.50 ± 0.00* against 0.20 ± 0.00" and verdict.startswith("yes")
 
 
 def test_intervals_and_p_values_are_students():
@@ -241,7 +211,6 @@ VERDICTS = [  # the values of more and of than, a seed each, and their unit
     ([0.9, 0.5, 0.1], [0.7, 0.3, -0.1], "accuracy", "yes (+0.20 ± 0.00)"),  # of every seed
     ([0.90, 0.92, 0.91], [0.82, 0.82, 0.82], "nats", "undecided (+0.09 ± 0.02)"),
     ([0.88, 0.90, 0.89], [0.98, 0.98, 0.98], "nats", "undecided (-0.09 ± 0.02)"),
-    ([0.90, 0.92, 0.91], [0.87, 0.87, 0.87], "nats", "no difference (+0.04 ± 0.02)"),
     ([0.90, 0.92, 0.91], [0.95, 0.95, 0.95], "nats", "no difference (-0.04 ± 0.02)"),
     ([0.70, 0.68, 0.69], [0.8, 0.8, 0.8], "accuracy", "the reverse (-0.11 ± 0.02)"),
     ([0.9, 0.3, 0.6], [0.4, 0.4, 0.4], "accuracy", "undecided (+0.20 ± 0.75)"),
@@ -268,18 +237,6 @@ def test_a_verdict_needs_interval_and_margin(more, than, unit, expected):
 # --- The report ----------------------------------------------------------------------------------
 
 
-def page(body="of an earlier run\n"):
-    return "".join(f"{n} is\n<!-- {n} -->\n{body}<!-- end -->\n" for n in ["claims", *REPORTED])
-
-
-def test_the_report_changes_its_parts_alone():
-    """Tables of what was measured; the text around them stays."""
-    changed = report.rewritten(page(), {})
-    assert changed.count(report.MISSING) > len(REPORTED) and "earlier" not in changed
-    without = re.sub(r"(<!-- \w+ -->\n).*?<!-- end", r"\1<!-- end", changed, flags=re.S)
-    assert without == page("")
-
-
 def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
     """Its results and figures, and what the forgetting law is then, which is the committed one. A
     run with a file of other arms changes nothing.
@@ -289,7 +246,7 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
         monkeypatch.setattr(report, name, tmp_path / name)
     for path in (report.RESULTS, report.FIGURES, run):
         path.mkdir()
-    report.README.write_text(page())
+    report.README.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in REPORTED))
     for name in forgetting_law.SOURCES:
         tables.write(run / f"{name}.json", RESULTS[name])
     tables.write(run / "kl.json", RESULTS["kl"] | {"rows": RESULTS["kl"]["rows"][1:]})
@@ -305,7 +262,9 @@ def test_the_report_takes_over_a_run(tmp_path, monkeypatch):
         assert row["arm"] == committed["arm"]
         assert row["metrics"] == {k: pytest.approx(v) for k, v in committed["metrics"].items()}
     assert (report.FIGURES / "forgetting_law.png").exists()
-    assert "| reverse at 6e-05 | 0.99 ± 0.01 |" in report.README.read_text()
+    text = report.README.read_text()
+    assert text.count(report.MISSING) == len(REPORTED) - len(results)
+    assert "| reverse at 6e-05 | 0.99 ± 0.01 |" in text
 
 
 def test_the_readme_is_what_the_report_writes():

@@ -100,21 +100,22 @@ def test_skill_metrics_tell_greedy_from_sampled():
     assert metrics["KL"] == pytest.approx(first + 0.6 * 30, rel=0.1)
     assert metrics["KL forward"] == pytest.approx(-math.log(0.4), rel=1e-3)
     assert (metrics["val new"], metrics["val prior"]) == (1, 1 / 8)
+    taught = LookUp(of_skill("X"), key="teacher_prompts", p=0.6)
+    assert common.kl(taught, model, of_skill("X"), "teacher_prompts") == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("settings, style", [(SFT_OWN, "own"), (SDFT, "expert")])
-def test_training_gets_style_seed_and_settings(settings, style, monkeypatch):
+def test_training_gets_style_seed_and_settings(monkeypatch):
     """Student and teacher are copies of the start, unless the settings name a teacher."""
     seen = []
     monkeypatch.setattr(common, "fine_tune", lambda *a, **kw: seen.append((a, kw)) or iter(()))
     start = LookUp()
-    student, its_teacher = common.train_on_skill(start, 3, settings, "Y")
+    student, its_teacher = common.train_on_skill(start, 3, SFT_OWN, "Y")
     (*models, data), used = seen[0]
     assert models == [student, its_teacher] and start not in models and student != its_teacher
-    expected = toy.skill("Y", "train", 3, style)
+    expected = toy.skill("Y", "train", 3, "own")
     assert all(np.array_equal(data[key], expected[key]) for key in expected)
-    assert used | dict(style=style) == settings | dict(batch_size=32, seed=3)
-    assert common.train_on_skill(start, 3, settings | dict(teacher=start))[1] is start
+    assert used | dict(style="own") == SFT_OWN | dict(batch_size=32, seed=3)
+    assert common.train_on_skill(start, 3, SFT_OWN | dict(teacher=start))[1] is start
     assert common.train_on_skill(start, 3, None) == (start, start)
 
 
@@ -203,28 +204,6 @@ def test_many_stages_have_the_named_teacher(name, quick, trains):
     assert metrics["teacher"] == (2 / 8 if name == "offline, original teacher" else 0)
 
 
-def test_the_final_teacher_is_measured(quick, trains):
-    """Not the start: on right demonstrations, and on the training's, of which 30% are wrong."""
-    final = LookUp(of_skill("X"), key="teacher_prompts")
-
-    def learn(student, data, settings):
-        assert settings == SDFT | dict(alpha=0.2, lr=2e-4)
-        final.known |= LookUp(data, key="teacher_prompts").known
-        return LookUp(), final
-
-    got = trains(common, LookUp(of_skill("X")), learn)
-    metrics = common.measure(0, **arm(teacher.TEACHER_WEIGHTS, "noisy, α .2"))
-    assert metrics["teacher"] == metrics["teacher, training"] == 1 and metrics["new"] == 0
-    right = of_skill("X", "train")["demonstrations"][:10]
-    assert (got[0][1]["demonstrations"] != right).any()
-
-
-def test_collapsed_is_below_half_of_the_base():
-    metrics = {"base": {"new": [0.4, 0.4]}, "live": {"new": [0.19, 0.21]}}
-    teacher.derive(metrics)
-    assert metrics["live"]["seeds"] == "1 of 2"
-
-
 @pytest.mark.parametrize(
     "experiment, name, rate, expected",
     [
@@ -234,41 +213,50 @@ def test_collapsed_is_below_half_of_the_base():
         (demonstrations.REASONING, "sdft", 2e-4, ("X", "short", 5, 10)),
         (pareto.ROTATED, "sdft", None, ("Y", "expert", 3, 10)),
         (teacher.TEACHER, "sft, own style", None, ("X", "own", 3, 10)),
+        (demonstrations.MISMATCH, "100% wrong", None, ("X", "expert", 3, 10)),
         (pass_at_k.PASS_AT_K, "sdft, forward KL", None, ("X", "expert", 3, 10)),
     ],
 )
 def test_an_arm_learns_its_skill_in_its_style(experiment, name, rate, expected, quick, trains):
-    """Its number of rows, at its settings; what is measured is that skill, of the trained model.
+    """Its number of rows, at its settings; what is measured is that skill, of the trained model and
+    its teacher.
 
     Levels of cold skills, and tables that rotate, move one place per seed. The teacher's responses
-    are those of the base with the demonstration in its prompt.
+    are those of the base with the demonstration in its prompt; some arms' demonstrations are wrong.
     """
     letter, style, n_digits, n = expected
-    data = toy.skill(letter, "train", 1, style, n_digits)
-    test = toy.skill(letter, "test", 1, style, n_digits)
-    right = LookUp(test | {"answers": test["demonstrations"]})  # says them as it was shown
-    module = sys.modules[experiment.measure.__module__]
-    start = LookUp(data, test, key="teacher_prompts")
-    got = trains(module, start, lambda *_: (right, start))
     fields = arm(experiment, name, rate)
+    data, test = (toy.skill(letter, s, 1, style, n_digits) for s in ("train", "test"))
+    data = worlds.first_rows(data, n)
+    data = worlds.spoil(data, *fields["spoiled"], 1) if "spoiled" in fields else data
+    right = LookUp(test | {"answers": test["demonstrations"]})  # says them as it was shown
+    start, final = LookUp(data, key="teacher_prompts"), LookUp(data, test, key="teacher_prompts")
+    module = sys.modules[experiment.measure.__module__]
+    got = trains(module, start, lambda *_: (right, final))
     metrics = experiment.measure(1, **fields)
     assert metrics.get("new", metrics.get("accuracy", metrics.get("pass@1"))) == 1
+    assert metrics.get("teacher", 1) == metrics.get("teacher, training", 1) == 1
     _, learned, settings = got[0]
-    assert all(np.array_equal(learned[key], data[key][:n]) for key in data)
+    assert all(np.array_equal(learned[key], data[key]) for key in data)
     assert settings == fields["settings"]
     if "teacher's" in learned:
-        assert np.array_equal(learned["teacher's"], data["answers"][:n])
+        assert np.array_equal(learned["teacher's"], data["answers"])
+
+
+def test_collapsed_is_below_half_of_the_base():
+    metrics = {"base": {"new": [0.4, 0.4]}, "live": {"new": [0.19, 0.21]}}
+    teacher.derive(metrics)
+    assert metrics["live"]["seeds"] == "1 of 2"
 
 
 # --- Losses and estimators -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, c, k", [(6, 0, 2), (6, 1, 1), (6, 2, 3), (5, 4, 2), (6, 6, 6)])
-def test_pass_at_k_is_the_share_of_subsets(n, c, k):
+def test_pass_at_k_is_the_share_of_subsets():
     """The share of the subsets of k responses that hold a correct one, by enumeration."""
-    correct = [True] * c + [False] * (n - c)
-    subsets = [any(subset) for subset in itertools.combinations(correct, k)]
-    assert pass_at_k.pass_at_k(n, c, k) == pytest.approx(np.mean(subsets))
+    for n, c, k in [(6, 0, 2), (6, 1, 1), (6, 2, 3), (5, 4, 2), (6, 6, 6)]:
+        subsets = itertools.combinations([True] * c + [False] * (n - c), k)
+        assert pass_at_k.pass_at_k(n, c, k) == pytest.approx(np.mean([*map(any, subsets)]))
 
 
 def test_pass_at_k_draws_all_samples_anew(quick, monkeypatch):
@@ -307,24 +295,6 @@ def log_probability(model, prompt, y):
     return log_p[range(len(y)), y].sum()
 
 
-def kl_of_responses(p, q, p_prompt, q_prompt, n):
-    """Σ_y p(y) log(p(y)/q(y)), by enumeration; the gradient is p's."""
-    total = 0
-    for y in responses(n):
-        log_p, log_q = log_probability(p, p_prompt, y), log_probability(q, q_prompt, y).detach()
-        total = total + log_p.exp() * (log_p - log_q)
-    return total
-
-
-def test_kl_is_of_whole_responses(tiny_world):
-    """Of what p reads to what q reads, whose prompts may differ."""
-    p, q, p_prompt, q_prompt = tiny(1), tiny(0), [1, 2, 3], [1, 2]
-    exact = kl_of_responses(p, q, p_prompt, q_prompt, 2).item()
-    data = {"prompts": [q_prompt] * 2000, "longer": [p_prompt] * 2000}
-    data["answers"] = np.zeros((2000, 1))  # so that a response has two tokens at most
-    assert exact > 0.1 and common.kl(p, q, data, "longer") == pytest.approx(exact, rel=0.1)
-
-
 def test_gradient_noise_is_unbiased_with_few_draws():
     """E[variance] = sd² and E[|mean|²] - sd²/n = 1 per weight, with n = 2 draws, too."""
     n, sd = 20000, 0.5
@@ -340,51 +310,41 @@ TWO = {"prompts": [[1, 2], [2, 1]], "teacher_prompts": [[1, 2, 3], [2, 1, 3]]}
 
 
 def test_exact_loss_is_the_kl_of_whole_responses(tiny_world):
-    """Eq. (1) by enumeration, a mean over prompts, and its gradient; both losses have one value."""
-    model = tiny(0)
-    rows = zip(TWO["prompts"], TWO["teacher_prompts"])
-    expected = sum(kl_of_responses(model, model, *row, kl.TOKENS) for row in rows) / 2
+    """Eq. (1), Σ_y p(y) log(p(y)/q(y)), by enumeration, a mean over prompts, and its gradient; both
+    losses have one value.
+    """
+    model, expected = tiny(0), 0
+    for prompt, teacher_prompt in zip(TWO["prompts"], TWO["teacher_prompts"]):
+        for y in responses(kl.TOKENS):
+            log_p, log_q = (log_probability(model, x, y) for x in (prompt, teacher_prompt))
+            expected = expected + log_p.exp() * (log_p - log_q.detach()) / 2
     exact = kl.enumerated_loss(model, TWO)
     assert_close(exact, expected)
     assert_close(kl.enumerated_loss(model, TWO, fixed_responses=True), expected)
     assert_close(kl.gradient(exact, model), kl.gradient(expected, model))
 
 
-def expectation(loss_of, model, monkeypatch, n):
-    """The mean of the gradient of loss_of(length) over all responses of at most n tokens."""
-    average = 0
-    for y in responses(n):
-        padded = torch.tensor([[*y] + [3] * (n + 1 - len(y))])  # (1, n + 1)
-        drawn = padded, torch.arange(n + 1)[None] < len(y)
-        monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
-        p = log_probability(model, TWO["prompts"][0], y).exp().item()
-        average += p * kl.gradient(loss_of(len(y)), model)
-    return average
-
-
 @pytest.mark.parametrize("name", [a["name"] for a in kl.ESTIMATORS.arms])
 def test_mean_of_an_estimator_is_what_it_claims(name, tiny_world, monkeypatch):
-    """Eq. (1)'s gradient, or the analytic one's, which is another."""
-    model, one = tiny(0), {key: rows[:1] for key, rows in TWO.items()}
-    average = expectation(lambda _: kl.estimator(model, one, None, name), model, monkeypatch, 3)
+    """Eq. (1)'s gradient, or the analytic one's, which is another: the mean over all responses.
+
+    The losses of the same name in training are means over tokens.
+    """
+    model, one, average = tiny(0), {key: rows[:1] for key, rows in TWO.items()}, 0
+    for y in responses(kl.TOKENS):
+        padded = torch.tensor([[*y] + [3] * (kl.TOKENS - len(y))])  # (1, C)
+        drawn = padded, torch.arange(kl.TOKENS)[None] < len(y)
+        monkeypatch.setattr(kl, "rollout", lambda *a, **more: drawn)
+        loss = kl.estimator(model, one, None, name)
+        if name in kl.LOSSES:
+            batch = one | {"answers": np.zeros((1, kl.TOKENS - 1))}
+            assert_close(len(y) * kl.LOSSES[name](model, model, batch, None), loss)
+        p = log_probability(model, one["prompts"][0], y).exp().item()
+        average += p * kl.gradient(loss, model)
     exact = kl.gradient(kl.enumerated_loss(model, one), model)
     analytic = kl.gradient(kl.enumerated_loss(model, one, fixed_responses=True), model)
     assert (exact - analytic).norm() > 0.01 * exact.norm()
     assert_close(average, analytic if name in ("analytic", "sampled token") else exact)
-
-
-@pytest.mark.parametrize(
-    "loss, n, is_exact",
-    [(kl.sampled_token, 1, True), (kl.sampled_token, 2, False), (kl.reinforce, 2, True)],
-)
-def test_sampled_tokens_have_the_kls_gradient(loss, n, is_exact, tiny_world, monkeypatch):
-    """On average, if a token answers for those after it too. The losses are means over tokens."""
-    student, its_teacher = tiny(0), tiny(1)
-    batch = {key: rows[:1] for key, rows in TWO.items()} | {"answers": np.zeros((1, 1))}
-    loss_of = lambda length: length * loss(student, its_teacher, batch, None)
-    average = expectation(loss_of, student, monkeypatch, n)
-    exact = kl_of_responses(student, its_teacher, TWO["prompts"][0], TWO["teacher_prompts"][0], n)
-    assert torch.allclose(average, kl.gradient(exact, student)) == is_exact
 
 
 def test_four_responses_are_of_the_first_quarter_of_the_prompts(monkeypatch):
@@ -412,17 +372,11 @@ BATCH = {"prompts": [[1, 2], [2, 2]], "prior_prompts": [[3, 1], [3, 2]]}
 BATCH |= {"teacher_prompts": [[1, 2, 3], [2, 2, 3]]}
 BATCH |= {"demonstrations": np.array([[3, 1, 0], [2, 2, 0]])}
 BATCH |= {"prior_answers": np.array([[1, 1, 0], [3, 1, 0]])}
-BATCH |= {"teacher's": np.array([[1, 0, 0], [3, 1, 0]])}
-BATCH |= {"base's": np.array([[2, 0, 0], [2, 1, 0]]), "answers": np.array([[3, 0, 0], [1, 2, 0]])}
+BATCH |= {"teacher's": np.array([[1, 0, 0], [3, 1, 0]]), "base's": np.array([[2, 0, 0], [2, 1, 0]])}
 
 
-LOSSES = ["sft + KL, w 0.3", "dft", "sft + replay", "sft, offline", "sft, searching"]
-LOSSES += ["offline, forward KL", "stale"]
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_methods_have_their_losses(name, tiny_world):
-    """Cross entropy, with the KL to the teacher, scaled by p, with answers to prior prompts or to
+def test_methods_have_their_losses(tiny_world):
+    """Cross entropy, with the KL to the base, scaled by p, with answers to prior prompts or to
     texts that were drawn before; and SDFT's loss on those.
     """
     student, base = tiny(0), tiny(1)
@@ -442,18 +396,22 @@ def test_methods_have_their_losses(name, tiny_world):
     divergence = lambda p, q: (p.exp() * (p - q)).sum(2)  # (B, C)
     until_end = lambda values: (values[0, :2].mean() + values[1].mean()) / 2
     shown, prior = said("prompts", "demonstrations"), said("prior_prompts", "prior_answers")
-    new = log_p(student, "prompts", "demonstrations")
-    penalty = divergence(new, log_p(base, "prompts", "demonstrations").detach()).mean()
-    losses = [-shown.mean() + 0.3 * penalty, -(shown.exp().detach() * shown).mean()]
-    losses += [-(shown.mean() + prior.mean()) / 2, -until_end(said("prompts", "teacher's"))]
-    losses += [-until_end(said("prompts", "answers"))]
-    losses += [until_end(divergence(*reversed(both("teacher's"))))]
-    losses += [until_end(divergence(*both("base's")))]
-    expected = dict(zip(LOSSES, losses, strict=True))[name]
-    settings = (on_policy.FAMILIES | on_policy.CONTROLS_FAMILIES | search.METHODS)[name]
-    more = {k: settings[k] for k in ("weight", "divergence", "texts") if k in settings}
-    found = settings["method"](student, base, BATCH, None, **more)
-    assert_close((found, kl.gradient(found, student)), (expected, kl.gradient(expected, student)))
+    new, of_base = (log_p(model, "prompts", "demonstrations") for model in (student, base))
+    parameters = [*student.parameters()]
+    for name, expected in {
+        "sft + KL, w 0.3": -shown.mean() + 0.3 * divergence(new, of_base.detach()).mean(),
+        "dft": -(shown.exp().detach() * shown).mean(),
+        "sft + replay": -(shown.mean() + prior.mean()) / 2,
+        "sft, offline": -until_end(said("prompts", "teacher's")),
+        "offline, forward KL": until_end(divergence(*reversed(both("teacher's")))),
+        "stale": until_end(divergence(*both("base's"))),
+    }.items():
+        settings = (on_policy.FAMILIES | on_policy.CONTROLS_FAMILIES | search.METHODS)[name]
+        more = {k: settings[k] for k in ("weight", "divergence", "texts") if k in settings}
+        found = settings["method"](student, base, BATCH, None, **more)
+        assert_close(found, expected)
+        for gradient in torch.autograd.grad(found - expected, parameters, retain_graph=True):
+            assert gradient.abs().max() < 1e-9
 
 
 def test_replay_reads_right_answers_to_prior_prompts():

@@ -30,15 +30,12 @@ def make_samples(skill="X"):
     rows, random = [], torch.Generator().manual_seed(0)
     for phase, step, (prompt, kind) in itertools.product(("sft", "sdft"), STEPS, PROMPTS):
         about = dict(phase=phase, skill=skill, step=step, kind=kind, prompt=prompt, expected=EVIL)
-        about |= dict(
-            teacher_prompt=f"ex<b>ample {prompt} ex<b>ample =", demonstration="ex<b>ample"
-        )
+        about |= dict(teacher_prompt=f"{prompt} ex<b>ample =", demonstration="ex<b>ample")
         for role in ("student", "teacher") if step == 0 else ("student",):
             tokens = torch.arange(len(VOCAB)).roll(step + len(phase + role)).tolist()
             logits = 3 * torch.randn(2, len(VOCAB), len(VOCAB), generator=random)
             about |= dict(role=role, correct=step > 0)
-            divergence = {"new": "reverse", "prior": "jsd"}[kind]
-            rows.append(watch.sample_row(tokens, *logits, decode, divergence, **about))
+            rows.append(watch.sample_row(tokens, *logits, decode, "reverse", **about))
     return rows
 
 
@@ -102,28 +99,26 @@ def test_text_of_a_run_is_never_markup(run):
     assert all(row | {"arm": row["phase"].upper(), "run": ""} in on_page for row in rows)
 
 
-def test_answers_stand_side_by_side(text):
-    """Base is the answer before training, an arm's its last, the teacher's has its own prompt."""
+def test_answers_stand_side_by_side(tmp_path):
+    """Base is the answer before training, an arm's its last, the teacher's has its own prompt.
+
+    At a later skill's start the arm is trained: the base's column stays empty. 12 looks are kept.
+    """
+    first, later = make_samples(), [row | {"prompt": "later"} for row in make_samples(skill="Y")]
+    rows = first + later + [first[0] | {"step": step} for step in range(11, 41)]
+    files.append(tmp_path / "samples.jsonl", rows)
+    text, prompts = written(tmp_path)
     assert found(text, "sides", "th") == ["prompt", "expected", "base", "SFT", "SDFT", "teacher"]
-    prompt, expected, *answers = found(text, "sides", "td")[:6]
-    assert (prompt, expected) == ("a prior question (prior)", EVIL)
-    base, teacher, _, sft, *_, sdft = [row for row in make_samples() if row["kind"] == "prior"]
-    for cell, row in zip(answers, (base, sft, sdft, teacher), strict=True):
+    cells = found(text, "sides", "td")
+    assert cells[:2] == ["a prior question (prior)", EVIL]
+    base, teacher, *_, sdft = [row for row in first if row["kind"] == "prior"]
+    for cell, row in zip(cells[2:6], (base, rows[-1], sdft, teacher), strict=True):
         verdict = "✓ correct" if row["correct"] else "✗ wrong"
         assert cell.startswith(row["response"].strip())
         assert cell.endswith(f"{verdict}, X, step {row['step']}")
-
-
-def test_a_later_skills_start_is_not_the_base(tmp_path):
-    """By then the arm is trained: the base's column stays empty. Of many looks 12 are kept."""
-    rows = make_samples() + [row | {"prompt": "later"} for row in make_samples(skill="Y")]
-    rows += [row | {"step": step} for step in range(30) for row in rows[:1]]
-    files.append(tmp_path / "samples.jsonl", rows)
-    text, prompts = written(tmp_path)
-    cells = found(text, "sides", "td")
-    assert "step 0" in cells[2] and cells[12:15:2] == ["later (prior)", "–"]
+    assert cells[12:15:2] == ["later (prior)", "–"]
     steps = [row["step"] for row in prompts[0]["SFT"]]
-    assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 29
+    assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 40
 
 
 def test_curves_follow_the_metrics(text):
@@ -131,14 +126,9 @@ def test_curves_follow_the_metrics(text):
     assert found(text, "curves", "h3") == ["Loss", "New task", "Prior abilities", "KL to the base"]
     tips = found(text, "curves", "title")
     assert tips[:2] == ["SFT, loss, X, step 5: 4", "SFT, loss, X, step 10: 4"]
-    lines = re.findall(r'<polyline points="([^"]*)" stroke-dasharray="([^"]*)"', text)
-    assert lines[0][0] == "112.5,20.0 185.0,20.0 257.5,20.0 330.0,20.0"  # the highest loss
-    assert lines[4] == ("40.0,27.0 112.5,39.6 185.0,42.4 185.0,27.0 257.5,39.6 330.0,42.4", "none")
-    assert lines[7][1] == "5 3"  # the teacher's
-    labels = found(text, "curves", "text")
-    assert labels[:6] == ["0", "2", "4", "learns X", "learns Y", "20 updates"]
-    assert labels[6:9] == ["0", "0.5", "1"] and labels[20] == "0.25"
-    assert 'x1="185" x2="185" y1="20" y2="160"' in text
+    lines = re.findall(r'<polyline points="([^"]*)"', text)
+    assert lines[0] == "112.5,20.0 185.0,20.0 257.5,20.0 330.0,20.0"  # the highest loss
+    assert lines[4] == "40.0,27.0 112.5,39.6 185.0,42.4 185.0,27.0 257.5,39.6 330.0,42.4"
     # Forgetting begins where the prior is below the first look's by more than data/watch.py's .1.
     words = "SFT: forgetting began at X, step 10 (prior 0.84)"
     assert found(text, "curves", "li") == [words, "SDFT"]
@@ -166,31 +156,17 @@ def test_several_runs_are_overlaid(run, tmp_path):
     assert {*columns} <= {*found(text, "sides", "th")}
 
 
-def test_page_of_a_run_that_goes_on_or_is_damaged(tmp_path):
-    """No metrics.jsonl yet, a last line that is being written, half of results.json."""
+def test_page_of_a_run_that_goes_on(tmp_path):
+    """No metrics.jsonl yet, and a last line that is being written. Without either it is no run."""
+    with pytest.raises(SystemExit, match="^error: .* holds no run .* name a run's --out_dir$"):
+        page.main([str(tmp_path)])
     files.append(tmp_path / "samples.jsonl", make_samples())
     whole = (tmp_path / "samples.jsonl").read_bytes()
     (tmp_path / "samples.jsonl").write_bytes(whole[:-30])
-    (tmp_path / "results.json").write_text('{"config": [1, ')
     text, prompts = written(tmp_path)
-    assert "no metrics.jsonl yet" in text and "results.json is damaged" in text
+    assert "no metrics.jsonl yet" in text
     assert "samples.jsonl has damaged lines, which are left out: 1." in text
     assert [len(prompts[1][arm]) for arm in ("SFT", "SDFT")] == [3, 2]
-
-
-@pytest.mark.parametrize(
-    "texts, words, sentence",
-    [
-        ({}, [], "holds no run"),
-        ({"metrics.jsonl": '{"step": 1}\n'}, [], "has no 'phase'"),
-        ({"metrics.jsonl": ""}, ["--out", "/none/p.html"], "cannot write"),
-    ],
-)
-def test_what_is_no_run_is_one_sentence(tmp_path, texts, words, sentence):
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit, match=rf"^error: .*{sentence}.*; [^\n]*$"):
-        page.main([str(tmp_path), *words])
 
 
 # --- In a browser ---------------------------------------------------------------------------------
@@ -256,8 +232,6 @@ def test_browser_shows_every_response(opened, run):
             assert texts(opened, "#student-prompt") == [row["prompt"]]
             assert texts(opened, "#teacher-prompt") == [row["teacher_prompt"]]
             assert texts(opened, "#teacher-prompt mark") == [row["demonstration"]]
-            after = "return document.querySelector('#teacher-prompt mark').nextSibling.textContent"
-            assert opened.execute_script(after) == " ="  # of several places it is the last
             verdict = "✓ correct" if row["correct"] else "✗ wrong"
             said = f"X, step {row['step']}: {verdict}, expected {EVIL}"
             assert texts(opened, "#verdict") == [said]
