@@ -288,7 +288,7 @@ def test_the_toy_over_seeds_is_that_of_train_toy():
 
 
 def test_the_front_page_shows_the_committed_results(capsys):
-    """Its table is seed 0's, as train_toy.py prints it, and its headline the mean over seeds."""
+    """Its table is seed 0's, as train_toy.py prints it; what is left after three skills, means."""
     page = (report.HERE.parent / "README.md").read_text(encoding="utf-8")
     arms = {row["arm"]: row["metrics"] for row in RESULTS["toy"]["rows"]}
     of = lambda arm, stage: {k: arms[arm][f"{stage}{k}"][0] for k in (*toy.NEW, "prior")}
@@ -297,8 +297,10 @@ def test_the_front_page_shows_the_committed_results(capsys):
         results[arm] = [{"after": k} | of(arm, f"after {k}: ") for k in toy.NEW]
     train_toy.print_table(results)
     assert capsys.readouterr().out.strip() in page
-    sdft, sft = (f"{np.mean(arms[arm]['prior']):.2f}"[1:] for arm in ("sdft", "sft"))
-    assert f"[{sdft} of the prior skills, SFT {sft}]" in page
+    for name, words in ("toy", "{} of the prior skills, SFT {}"), ("sequential", "{} and {}"):
+        prior = {row["arm"]: np.mean(row["metrics"]["prior"]) for row in RESULTS[name]["rows"]}
+        means = (f"{prior[arm]:.2f}"[1:] for arm in ("sdft", "sft"))
+        assert f"[{words.format(*means)}]" in page
 
 
 def test_committed_results_have_a_value_per_seed():
