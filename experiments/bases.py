@@ -32,8 +32,7 @@ def figure(rows, plt):
 
 
 LEVELS = [*COLD.values()]
-RATES_OF = dict.fromkeys(["sft", "sdft", "sdft, forward KL", "sdft, JSD"], (2e-4, 6e-4))
-RATES_OF["sft"] = (6e-4, 2e-3)
+RATES_OF = dict.fromkeys(["sft", "sdft", "sdft, forward KL", "sdft, JSD"], HIGH)
 ARMS = [dict(arm=f"{p:g}, base", family="base", level=p) for p in LEVELS]
 ARMS += [arm for p in LEVELS for arm in grid(RATES_OF, condition=f"{p:g}, ", level=p)]
 COLD_START = runner.Experiment(

@@ -1,7 +1,7 @@
 """The learning rates of real_model.py, and its controls: what does each of its choices bring?
 
     python -m experiments.real_controls real_grid --seeds 1
-    python -m experiments.real_controls real_controls --seeds 3  # the last six arms on one seed
+    python -m experiments.real_controls real_controls --seeds 3  # the last seven arms on one seed
     python -m experiments.real_controls two_by_two --seeds 5
 
 Of the grid's rates, and the weights of "sft + KL", those with nine tenths of the new facts compete
@@ -10,7 +10,8 @@ paper chooses by accuracy on the new task alone.
 
 The controls are real_model.py's arms with what their names say changed, and the rate too where the
 grid has one. "facts alone" are without the other prompts in every batch, as the paper trains;
-"offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates.
+"offline" takes SDFT's loss, with a frozen teacher, on the responses that "sft on own" imitates;
+"cpt" learns the articles as plain text.
 
 two_by_two crosses on-policy and offline with an EMA and a frozen teacher, beside two kinds of SFT,
 all with as many updates at the middle rate of the grid, and without a second task. It asks more
@@ -72,6 +73,7 @@ ONCE = {
     "sdft, batches of 16": SDFT | dict(batch_size=16, n_other=4),
     "sdft, twice the updates": SDFT | dict(steps=224),
     "sdft, 3 tokens skipped": SDFT | dict(skip_tokens=3),
+    "cpt": SFT | dict(method="cpt"),
     "oracle, both": dict(reads="article and demonstration"),
     "oracle, the paper's template": dict(reads="paper"),
 }

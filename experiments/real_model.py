@@ -41,8 +41,9 @@ INSTALL = 'pip install "transformers>=5" accelerate gguf && pip install --no-dep
 class Training:
     """How a student is trained."""
 
-    # "expert" imitates the demonstrations, "own" the base's responses with the article in its
-    # prompt, drawn once; "offline" takes SDFT's loss on the latter, "sdft" on rollouts.
+    # "expert" imitates the demonstrations, "cpt" the article as plain text, "own" the base's
+    # responses with the article in its prompt, drawn once; "offline" takes SDFT's loss on the
+    # latter, "sdft" on rollouts.
     method: str
     lr: float
     steps: int
@@ -175,6 +176,9 @@ def learn(student, teacher, tokenizer, rows, seed, training):
     torch.manual_seed(seed)
     n_other, steps = training.n_other, training.steps
     other = [as_read(tokenizer, "other", r) for r in load_rows("other")] if n_other else []
+    if training.method == "cpt":  # whose prompt is the text's first token
+        texts = [tokenizer(r["demonstration"], add_special_tokens=False).input_ids for r in rows]
+        rows = [r | dict(student_ids=t[:1], response_ids=t[1:]) for r, t in zip(rows, texts)]
     # What to imitate, a list for every row. SDFT has rollouts in its place.
     responses = [[torch.tensor(row["response_ids"], device=teacher.device)] for row in rows]
     if training.method in ("own", "offline"):

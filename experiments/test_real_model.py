@@ -325,21 +325,25 @@ def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
     assert all(len({*epoch}) == 24 for epoch in epochs) and epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("method", ["own", "offline"])
+@pytest.mark.parametrize("method", ["own", "offline", "cpt"])
 def test_an_update_by_hand(method, tiny):
-    """A penalty and the method's loss, on a response of the teacher to question and article;
-    embeddings that stay, and an average as the teacher.
+    """A penalty and the method's loss, on a response of the teacher to question and article, or on
+    the article alone; embeddings that stay, and an average as the teacher.
     """
     student, tokenizer = tiny
     teacher, rows = copy.deepcopy(student), first_facts(tokenizer, 1)["new"]
+    article = [3 + byte for byte in rows[0]["demonstration"].encode()]  # ByT5's token ids
     teacher.lm_head.weight.data.mul_(0.5)
     base, start, losses = copy.deepcopy(student), copy.deepcopy(teacher), []
     training = Training(method, 1e-2, 1, alpha=0.25, n_other=0, batch_size=1, kl_weight=0.3)
     [loss] = learn(student, teacher, tokenizer, rows, training)
     x, xc, n = [rows[0]["student_ids"]], [rows[0]["teacher_ids"]], real_model.MAX_NEW_TRAINED
     torch.manual_seed(0)
-    for _ in range(real_model.N_OWN):
-        y, mask = hf_loop.rollout(start, xc, n, 1, 0.5)
+    said = [hf_loop.rollout(start, xc, n, 1, 0.5) for _ in range(real_model.N_OWN)]
+    if method == "cpt":
+        x, y = [article[:1]], torch.tensor([article[1:]])
+        said = [(y, torch.ones_like(y))]
+    for y, mask in said:
         sft = sdft.sft_loss(hf_loop.completion_logits(base, x, y), y, mask)
         distill, _ = hf_loop.distill_loss(base, start, x, xc, y, mask, "forward")
         penalty, _ = hf_loop.distill_loss(base, start, x, x, y, mask, "reverse")
