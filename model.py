@@ -191,9 +191,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, config, state):
         """A model of Hugging Face's GPT-2 weights {name: tensor}; names and shapes must match."""
-        state = {
-            k.removeprefix("transformer."): w for k, w in state.items() if not k.endswith(MASKS)
-        }
+        state = {k.removeprefix("transformer."): state[k] for k in state if not k.endswith(MASKS)}
         head = state.pop("lm_head.weight", None)
         if head is not None and not head.equal(state.get("wte.weight", head)):
             raise ValueError("lm_head.weight is not wte.weight; only a tied output layer is known")
