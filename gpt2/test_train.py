@@ -281,6 +281,8 @@ def test_what_cannot_be_used_ends_in_one_sentence(tmp_path, base, data, monkeypa
     with monkeypatch.context() as context:
         context.setenv("WORLD_SIZE", "3")
         assert "multiple of the 3" in error_of(*argv)
+        context.setenv("RANK", "3")
+        assert "RANK=3 is not below WORLD_SIZE=3" in error_of(*argv)
     assert not (tmp_path / "out").exists()
 
     def full(*_):

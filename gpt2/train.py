@@ -445,6 +445,8 @@ def main(argv=None):
             return print(evaluate.report(args.report))
         # As torchrun sets them, or another launcher.
         rank, n_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < n_processes:
+            raise ValueError(f"RANK={rank} is not below WORLD_SIZE={n_processes}; unset both")
         if rank:
             sys.stdout = open(os.devnull, "w")  # one process prints
         try:
