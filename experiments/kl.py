@@ -21,7 +21,7 @@ import torch
 from data import toy
 from experiments import common, runner
 from experiments.common import base, skill, skill_metrics, train
-from experiments.settings import RATES, SDFT, SDFT_FORWARD, SDFT_JSD, grid
+from experiments.settings import LOW, RATES, SDFT, SDFT_FORWARD, SDFT_JSD, grid
 from experiments.worlds import first_rows
 from sdft import completion_logits, rollout
 from train_toy import sdft
@@ -100,7 +100,7 @@ METHODS = {"reverse": SDFT, "forward": SDFT_FORWARD, "jsd": SDFT_JSD}
 LOSSES = {"sampled token": sampled_token, "REINFORCE": reinforce, "four responses": four_responses}
 METHODS |= {f"reverse, {name}": SDFT | dict(method=method) for name, method in LOSSES.items()}
 RATES_OF = dict.fromkeys(METHODS, RATES[1:2])
-RATES_OF |= dict.fromkeys(["reverse, sampled token", "reverse, REINFORCE"], RATES[:3])
+RATES_OF |= dict.fromkeys(["reverse, sampled token", "reverse, REINFORCE"], LOW)
 KL = runner.Experiment(
     name="kl",
     arms=grid(RATES_OF, METHODS),

@@ -14,10 +14,10 @@ import numpy as np
 
 from experiments import common, runner, tables
 from experiments.common import accuracy, base, skill, skill_metrics, train_on_skill, training
-from experiments.settings import METHODS, RATES, SDFT, SFT, grid
+from experiments.settings import HIGH, METHODS, RATES, SDFT, SFT, grid
 from experiments.worlds import HALF
 
-STOPPED = {lr: f"sft stopped, {lr:g}" for lr in RATES[2:]}
+STOPPED = {lr: f"sft stopped, {lr:g}" for lr in HIGH}
 
 
 def measure(seed, settings=None, stop=False):
