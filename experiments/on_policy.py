@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from data import toy
 from experiments import common, runner
 from experiments.common import base, on_texts, sft_on_texts, skill, skill_metrics, train
-from experiments.settings import HIGH, LOW, MIDDLE, SDFT, SDFT_FORWARD, SFT, grid
+from experiments.settings import HIGH, LOW, SDFT, SDFT_FORWARD, SFT, grid
 from experiments.worlds import N_DIGITS
 from sdft import completion_logits, sft_loss, token_divergence
 from train_toy import sdft, sft
@@ -103,7 +103,7 @@ CONTROLS_FAMILIES = {f"sft + KL, w {w:g}": SFT | dict(method=kl_penalty, weight=
 CONTROLS_FAMILIES |= {name: SFT | dict(method=method) for name, method in METHODS.items()}
 CONTROLS_FAMILIES |= {"offline, reverse KL": SDFT | dict(method=on_texts), "sdft": SDFT}
 CONTROL_RATES = dict.fromkeys(CONTROLS_FAMILIES, HIGH)
-CONTROL_RATES |= dict.fromkeys(["sft + re-invoke", "offline, reverse KL", "sdft"], MIDDLE)
+CONTROL_RATES |= dict.fromkeys(["sft + re-invoke", "offline, reverse KL", "sdft"], LOW)
 CONTROLS = runner.Experiment(
     name="controls",
     arms=[dict(arm="base"), *grid(CONTROL_RATES, CONTROLS_FAMILIES)],

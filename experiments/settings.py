@@ -11,7 +11,7 @@ import numpy as np
 from train_toy import sdft, sft
 
 RATES = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3)
-LOW, MIDDLE, HIGH = RATES[:3], RATES[1:4], RATES[2:]  # where a method's best is known to lie
+LOW, HIGH = RATES[:3], RATES[2:]  # where a method's best is known to lie
 # "style" is that of the demonstrations. SFT has no use for a teacher: alpha 0 leaves it alone.
 SFT = dict(method=sft, style="expert", alpha=0.0, lr=6e-4, steps=160)
 SFT_OWN = SFT | dict(style="own", lr=6e-5)
