@@ -70,9 +70,9 @@ def claims_table(experiments, results):
         stand, familywise = surviving(tests)
         yield ""
         yield (
-            f"Of {sum(yes for _, yes in tests)} tested yes, {stand} stand at a false discovery rate of "
-            f".05 over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the chance "
-            "of a single wrong one is to be .05 (Holm)."
+            f"Of {sum(yes for _, yes in tests)} tested yes, {stand} stand at a false discovery "
+            f"rate of .05 over all {len(tests)} tests (Benjamini-Hochberg), {familywise} if the "
+            "chance of a single wrong one is to be .05 (Holm)."
         )
 
 
