@@ -40,7 +40,6 @@ COLD_START = runner.Experiment(
     arms=ARMS,
     measure=measure,
     columns=["new", "sampled", "prior"],
-    choose_by=("val new", "val prior"),
     figure=figure,
 )
 
@@ -58,10 +57,8 @@ def derive(metrics):
 
 SIZES = {f"{d} x {w}": dict(n_layer=d, n_embd=w) for d, w in ((1, 128), (2, 32), (2, 64), (2, 128))}
 SIZE_ARMS = [dict(arm=f"{size}, base", **fields) for size, fields in SIZES.items()]
-SIZE_RATES = {"sft": HIGH, "sdft": LOW}
-SIZE_ARMS += [
-    a for s, fields in SIZES.items() for a in grid(SIZE_RATES, condition=f"{s}, ", **fields)
-]
+for size, fields in SIZES.items():
+    SIZE_ARMS += grid({"sft": HIGH, "sdft": LOW}, condition=f"{size}, ", **fields)
 SCALING = runner.Experiment(
     name="scaling",
     arms=SIZE_ARMS,
@@ -69,7 +66,6 @@ SCALING = runner.Experiment(
     columns=["new", "prior", "sampled", "teacher"],
     derive=derive,
     bases=[*reversed(SIZES.values())],
-    choose_by=("val new", "val prior"),
 )
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def base(seed, world="skills", **sizes):
     for _ in learn(model, functools.partial(draw_batch, seed=seed), seed, steps):
         pass
     path.parent.mkdir(parents=True, exist_ok=True)
-    saved = {"config": config, "model": model.state_dict()}
-    write_tensors(path, saved)
+    write_tensors(path, {"config": config, "model": model.state_dict()})
     return model
 
 
@@ -176,20 +175,23 @@ def skill_metrics(model, start, seed, name="X", is_correct=toy.is_correct, world
     both in nats per response. "val" are accuracies on validation inputs, by which settings are
     chosen.
     """
-    metrics, sizes = {}, {k: 50 for k in toy.PRIOR} | {name: 400}
+    sizes = {k: 50 for k in toy.PRIOR} | {name: 400}
     test = {k: skill(k, "test", seed, n=n, world=world) for k, n in sizes.items()}
     val = {k: skill(k, "val", seed, n=n // 2, world=world) for k, n in sizes.items()}
-    for new, prior, sets, temperature in [
-        ("new", "prior", test, 0.0),
-        ("sampled", "prior sampled", test, 1.0),
-        ("val new", "val prior", val, 0.0),
-    ]:
-        right, length = evaluate(model, sets, temperature=temperature, is_correct=is_correct)
-        metrics |= {new: right[name], prior: np.mean([right[k] for k in toy.PRIOR])}
-        if sets is test and not temperature:
-            metrics |= {"length": length[name]} | {f"prior {k}": right[k] for k in toy.PRIOR}
+    greedy, length = evaluate(model, test, is_correct=is_correct)
+    sampled, _ = evaluate(model, test, temperature=1.0, is_correct=is_correct)
+    on_val, _ = evaluate(model, val, is_correct=is_correct)
+    metrics = {"new": greedy[name], "prior": prior_of(greedy), "length": length[name]}
+    metrics |= {f"prior {k}": greedy[k] for k in toy.PRIOR}
+    metrics |= {"sampled": sampled[name], "prior sampled": prior_of(sampled)}
+    metrics |= {"val new": on_val[name], "val prior": prior_of(on_val)}
     kls = {"KL": kl(model, start, test[name]), "KL forward": kl(start, model, test[name])}
     return metrics | kls
+
+
+def prior_of(accuracies):
+    """The mean over the prior skills."""
+    return np.mean([accuracies[k] for k in toy.PRIOR])
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ reasoning       With prompts of 5 digits, whose answers are three reasoning step
 README.md, "Few demonstrations", "Bad demonstrations" and "Answer-only demonstrations".
 """
 
+import itertools
+
 import numpy as np
 
 from experiments import common, runner, tables
@@ -32,7 +34,6 @@ DEMONSTRATIONS = runner.Experiment(
     arms=[dict(arm="base"), *(a for n in NUMBERS for a in grid(RATES_OF, condition=f"{n}, ", n=n))],
     measure=common.measure,
     columns=["new", "sampled", "prior", "KL"],
-    choose_by=("val new", "val prior"),
     figure=figure,
 )
 
@@ -42,18 +43,13 @@ SUFFIXES = {"sdft": "", "sdft, forward KL": ", forward KL", "offline": ", offlin
 SUFFIXES |= {"sft, own style": ", sft in own style"}
 SPOILED = [("wrong", family) for family in SUFFIXES]
 SPOILED += [("another row's", "sdft"), ("one for all", "sdft")]
+ARMS = [dict(arm=f"none{s}", family=f, settings=METHODS[f]) for f, s in SUFFIXES.items()]
+for (kind, family), share in itertools.product(SPOILED, (0.2, 1.0)):
+    fields = dict(family=family, spoiled=[kind, share], settings=METHODS[family])
+    ARMS += [dict(arm=f"{share:.0%} {kind}{SUFFIXES[family]}") | fields]
 MISMATCH = runner.Experiment(
     name="mismatch",
-    arms=[
-        dict(arm=f"none{suffix}", family=family, settings=METHODS[family])
-        for family, suffix in SUFFIXES.items()
-    ]
-    + [
-        dict(arm=f"{share:.0%} {kind}{SUFFIXES[family]}", family=family, spoiled=[kind, share])
-        | dict(settings=METHODS[family])
-        for kind, family in SPOILED
-        for share in (0.2, 1.0)
-    ],
+    arms=ARMS,
     measure=common.measure,
     columns=["new", "prior", "sampled", "teacher, training", "KL"],
 )
@@ -74,7 +70,6 @@ REASONING = runner.Experiment(
     measure=common.measure,
     columns=["new", "sampled", "prior", "length"],
     bases=[dict(world="long")],
-    choose_by=("val new", "val prior"),
     derive=derive,
 )
 

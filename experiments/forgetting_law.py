@@ -9,7 +9,7 @@ both directions; the fit is a parabola. README.md, "What forgetting follows".
 
 import numpy as np
 
-from experiments import runner, tables
+from experiments import runner
 
 SOURCES = ("pareto", "controls", "demonstrations", "mismatch", "teacher_weights", "kl")
 KLS = {"KL": "KL(model ‖ base)", "KL forward": "KL(base ‖ model)"}
@@ -59,9 +59,7 @@ def figure(rows, plt):
             x, loss = row["metrics"][direction], row["metrics"]["loss"]
             panel.plot(x, loss, "o", markersize=3, label=row["arm"], alpha=0.7)
         panel.set_xlabel(name)
-        panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss of prior accuracy")
-    tables.legend_beside(panels[1])
     return drawn
 
 

@@ -106,7 +106,6 @@ KL = runner.Experiment(
     arms=grid(RATES_OF, METHODS),
     measure=measure,
     columns=["new", "prior", "sampled", "KL", "noise"],
-    choose_by=("val new", "val prior"),
 )
 
 

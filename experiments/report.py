@@ -179,9 +179,8 @@ def surviving(tests):
 
 def main(argv=None):
     with errors_in_a_sentence("interrupted; nothing is half written"):
-        p = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
         p.add_argument("run", type=Path, nargs="?", help="--out_dir of a finished experiments.all")
         run = p.parse_args(argv).run
         if run:

@@ -48,7 +48,7 @@ class Experiment:
     measure: Callable  # measure(seed, **fields) -> {metric: number}, one arm on one seed
     columns: list  # the metrics of its table; the results have them all
     bases: tuple = (dict(world="skills"),)  # that it needs, as arguments of common.base
-    choose_by: tuple = ()  # the metrics (new, prior) by which an arm's rate is chosen
+    choose_by: tuple = ("val new", "val prior")  # the metrics by which an arm's rate is chosen
     derive: Callable = None  # derive({arm: metrics}) adds to them what its claims compare
     figure: Callable = None  # figure(rows, plt) -> a matplotlib figure, of the results' rows
     arguments: Callable = None  # arguments(parser) adds flags, which measure finds in `options`
@@ -69,18 +69,15 @@ def main(doc, *experiments, argv=None):
                 rows = run(experiment, args)
                 print("\n" + "\n".join(tables.table(rows, experiment.columns)) + "\n")
                 if experiment.figure:
-                    path = args.out_dir / f"{experiment.name}.png"
-                    tables.draw(experiment.figure, rows, path)
+                    tables.draw(experiment.figure, rows, args.out_dir / f"{experiment.name}.png")
         except (torch.cuda.OutOfMemoryError, BrokenProcessPool):  # a GPU's memory, or the machine's
-            raise ValueError(
-                "the memory is full; the same command goes on with fewer --jobs"
-            ) from None
+            remedy = "the same command goes on with fewer --jobs"
+            raise ValueError(f"the memory is full; {remedy}") from None
 
 
 def parse_args(doc, experiments, argv):
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=doc, formatter_class=raw)
     names = [e.name for e in experiments]
     p.add_argument("names", nargs="*", default=names, help="only these: " + ", ".join(names))
     p.add_argument("--seeds", type=int, default=1, help="run seeds 0, 1, ... (default: 1)")

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from data import toy
-from experiments import runner, tables
+from experiments import runner
 from experiments.common import base, on_texts, options, sft_on_texts, training
 from experiments.settings import SDFT, SDFT_FORWARD, SFT, grid
 from experiments.worlds import ATTEMPTS, BLIND, SEARCHED, score_search, search, searches
 from sdft import completion_logits, rollout
 
-# Updates after which X's test questions are asked. The last is the end: half of the schedule.
+# Updates after which X's test questions are asked. The last is the end.
 LOOKS = (5, 10, 20, 40, 80, 160)
 
 GATES = {  # what a base has to be able to do: lowest and highest value
@@ -55,15 +55,11 @@ def draw_texts(start, data, seed):
     begun = [row[: 2 * k] for row, k in zip(failures, rng.integers(ATTEMPTS + 1, size=n))]
     told = [[*prompt, *row] for prompt, row in zip(data["teacher_prompts"], begun)]
     generator = torch.Generator().manual_seed(seed)
-    base, teacher, rest = (
-        respond(start, prompts, 1.0, generator)
-        for prompts in (data["prompts"], data["teacher_prompts"], told)
-    )
-    after = np.full((n, 2 * ATTEMPTS + rest.shape[1]), toy.EOS)
-    for row, first, then in zip(after, begun, rest):
-        row[: len(first) + len(then)] = [*first, *then]
-    after = after[:, : 2 * ATTEMPTS + 1]
-    return {"base's": base, "teacher's": teacher, "after failures": after}
+    read = data["prompts"], data["teacher_prompts"], told
+    base, teacher, rest = (respond(start, prompts, 1.0, generator) for prompts in read)
+    ends = [toy.EOS] * (2 * ATTEMPTS)  # fill up the shortest
+    after = [[*first, *then, *ends][: 2 * ATTEMPTS + 1] for first, then in zip(begun, rest)]
+    return {"base's": base, "teacher's": teacher, "after failures": np.array(after)}
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -132,11 +128,10 @@ def measure(seed, settings=None):
     data = search("X", "train", seed)
     data |= draw_texts(start, data, seed)
     student, _, updates = training(start, data, seed, **settings)
-    test, metrics, done = search("X", "test", seed), {}, 0
-    for look in LOOKS:
+    test, metrics = search("X", "test", seed), {}
+    for done, look in itertools.pairwise([0, *LOOKS]):
         for _ in itertools.islice(updates, look - done):
             pass
-        done = look
         metrics |= {f"{key} at {look}": value for key, value in ask(student, test, 10).items()}
     return metrics | scores(student, seed)
 
@@ -190,17 +185,11 @@ def figure(rows, plt):
     hidden = {"sft, teacher's samples", "sdft, frozen", "sdft, frozen, forward KL"}  # as others
     for row in (row for row in rows if row["arm"] in {*METHODS} - hidden):
         values = [before, *(row["metrics"][f"found at {look}"] for look in LOOKS)]
-        panel.plot(
-            np.mean(values, 1),
-            "--o" if row["arm"] in TOLD else "-o",
-            label=row["arm"],
-            markersize=3,
-        )
+        line = "--o" if row["arm"] in TOLD else "-o"
+        panel.plot(np.mean(values, 1), line, label=row["arm"], markersize=3)
     panel.axhline(BLIND, color="black", linestyle=":", label="blind search")
     panel.set_xticks(range(len(updates)), updates)
     panel.set(xlabel="updates", ylabel="found, sampled, unseen questions", ylim=(0, 0.6))
-    panel.grid(alpha=0.3)
-    tables.legend_beside(panel)
     return drawn
 
 

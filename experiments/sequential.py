@@ -16,15 +16,11 @@ README.md, "Three skills in turn" and "Many stages".
 import numpy as np
 
 from data import toy
-from experiments import runner, tables
+from experiments import common, runner, tables
 from experiments.common import base, kl, on_texts, skill, teacher_texts, train, train_on_skill
 from experiments.settings import METHODS, SDFT, SFT, SFT_OWN
 from experiments.worlds import COLD, HALF
 from train_toy import evaluate
-
-
-def prior_of(accuracy):
-    return np.mean([accuracy[k] for k in toy.PRIOR])
 
 
 def kl_prior(model, start, test):
@@ -51,7 +47,7 @@ def measure(seed, settings=None, world="skills"):
 def accuracies(model, test):
     """Greedy accuracy on every skill, and the mean over the prior ones."""
     accuracy, _ = evaluate(model, test)
-    return accuracy | {"prior": prior_of(accuracy)}
+    return accuracy | {"prior": common.prior_of(accuracy)}
 
 
 def derive(metrics):
@@ -65,14 +61,10 @@ def derive(metrics):
 
 
 def figure(rows, plt):
-    base = rows[0]["metrics"]
-    after = lambda row, c: [base[c], *(row["metrics"][f"after {k}: {c}"] for k in toy.NEW)]
+    arms = {row["arm"]: row["metrics"] for row in rows}
+    stages = lambda arm, c: [arms["base"][c], *(arms[arm][f"after {k}: {c}"] for k in toy.NEW)]
     titles = {"sft": "SFT", "sft, own style": "SFT, own style", "sdft": "SDFT"}
-    panels = {
-        titles[row["arm"]]: {c: after(row, c) for c in (*toy.NEW, "prior")}
-        for row in rows
-        if row["arm"] in titles
-    }
+    panels = {t: {c: stages(arm, c) for c in [*toy.NEW, "prior"]} for arm, t in titles.items()}
     return tables.panels_of_lines(plt, panels, ["base", *(f"after {k}" for k in toy.NEW)])
 
 
@@ -119,7 +111,7 @@ def measure_many(seed, settings=None, original=False):
             data |= teacher_texts(start, data, seed)
             student, teacher = train(student, data, seed, **settings)
             accuracy = evaluate(student, test)[0]
-        metrics[f"prior {i}"] = prior_of(accuracy)
+        metrics[f"prior {i}"] = common.prior_of(accuracy)
         if name in HALF:
             own.append(accuracy[name])
         if i == len(HALF):

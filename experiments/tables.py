@@ -69,18 +69,15 @@ def panels_of_lines(plt, panels, ticks, xlabel=None, ylabel="greedy accuracy"):
 
     panels is {title: {name: values (n, seeds)}}; the values stand at the first n of the ticks.
     """
-    drawn, axes = plt.subplots(
-        1, len(panels), figsize=(1.5 + 4 * len(panels), 3.4), sharey=True, squeeze=False
-    )
+    size = 1.5 + 4 * len(panels), 3.4
+    drawn, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for panel, (title, lines) in zip(axes[0], panels.items()):
         for name, values in lines.items():
             (mean, sd), fmt = mean_and_sd(values), "k--o" if name in ("base", "prior") else "-o"
             panel.errorbar(range(len(mean)), mean, sd, fmt=fmt, label=name, capsize=3, markersize=4)
         panel.set(title=title, xlabel=xlabel, ylim=(-0.03, 1.05))
         panel.set_xticks(range(len(ticks)), ticks)
-        panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel(ylabel)
-    legend_beside(axes[0, -1])
     return drawn
 
 
@@ -95,13 +92,8 @@ def new_and_prior(rows, plt, field, xlabel):
     return panels_of_lines(plt, panels, ticks, xlabel)
 
 
-def legend_beside(panel):
-    """Outside the axes, where it hides nothing."""
-    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
-
-
 def draw(figure, rows, path):
-    """Write figure(rows, plt) as a PNG, if matplotlib is installed."""
+    """Write figure(rows, plt) as a PNG, with a grid and a legend, if matplotlib is installed."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -109,6 +101,10 @@ def draw(figure, rows, path):
         return
     plt.switch_backend("Agg")
     drawn = figure(rows, plt)
+    for panel in drawn.axes:
+        panel.grid(alpha=0.3)
+    # Beside the last panel, where it hides nothing.
+    drawn.axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     save = dict(format="png", dpi=150, bbox_inches="tight")
     write_whole(path, lambda tmp: drawn.savefig(tmp, **save))
     plt.close(drawn)

@@ -41,11 +41,8 @@ def derive(metrics):
         of_arm["seeds"] = f"{collapsed} of {len(start)}"
 
 
-CONDITIONS = {
-    "": (SDFT["lr"], {}),
-    "fast, ": (2e-3, {}),
-    "noisy, ": (2e-4, dict(spoiled=["wrong", 0.3])),
-}
+CONDITIONS = {"": (SDFT["lr"], {}), "fast, ": (2e-3, {})}
+CONDITIONS |= {"noisy, ": (2e-4, dict(spoiled=["wrong", 0.3]))}
 ALPHAS = {"frozen": 0.0, "α .02": 0.02, "α .2": 0.2, "live": 1.0}
 TEACHER_WEIGHTS = runner.Experiment(
     name="teacher_weights",

@@ -165,12 +165,12 @@ def their_updates(label, folder, device, B, P, C, steps):
     return ends
 
 
-def table(rows):
-    """Lines of Markdown of (what, theirs, ours)."""
+def print_table(rows):
+    """Markdown of (what, theirs, ours)."""
     number = lambda x: f"{x:,.2f}" if x < 20 else f"{x:,.0f}"
-    yield "\n| | transformers / TRL | ours | ours / theirs |\n|---|---:|---:|---:|"
+    print("\n| | transformers / TRL | ours | ours / theirs |\n|---|---:|---:|---:|", flush=True)
     for what, a, b in rows:
-        yield f"| {what} | {number(a)} | {number(b)} | {b / a:.2f} |"
+        print(f"| {what} | {number(a)} | {number(b)} | {b / a:.2f} |", flush=True)
 
 
 def compared(folder, updates, device):
@@ -201,8 +201,7 @@ def bench(student, peers, device):
             took, peak = updates[label] = in_a_process(update, label, folder, UPDATE, device)
             print(f"an update, {label}: {took:.2f} s, peak memory {peak:,.0f} MiB", flush=True)
         if peers:
-            for line in table(compared(folder, updates, device)):
-                print(line, flush=True)
+            print_table(compared(folder, updates, device))
 
 
 def parse_args(argv=None):
@@ -210,12 +209,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     p.add_argument("--peers", action="store_true", help="compare with transformers and TRL")
     p.add_argument("--init_from", default="gpt2", help="a size by its name, or a checkpoint folder")
-    p.add_argument(
-        "--device",
-        default="cpu",
-        choices=["cpu"] + ["cuda"] * torch.cuda.is_available(),
-        help="where to compute",
-    )
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    p.add_argument("--device", default="cpu", choices=devices, help="where to compute")
     return p.parse_args(argv)
 
 

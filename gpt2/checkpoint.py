@@ -109,9 +109,8 @@ def save_model(model, folder, tokenizer=None):
     try:
         from safetensors.torch import save_file  # optional
 
-        format = {"format": "pt"}
-        path = folder / "model.safetensors"
-        write_whole(path, lambda tmp: save_file(weights, tmp, metadata=format))
+        path, about = folder / "model.safetensors", {"format": "pt"}
+        write_whole(path, lambda tmp: save_file(weights, tmp, metadata=about))
     except ImportError:
         write_tensors(folder / "pytorch_model.bin", weights)
     write_json(folder / "config.json", fields)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from data import files
+from gpt2.bench import ends_of
 from model import GPT
 
 # A step adds the name of the folder, and flags.
@@ -82,13 +83,9 @@ def resumed(arguments, folder, uninterrupted):
 def copy_speed(device):
     """GB/s of a copy, read and written: it bounds a rollout, which reads all weights per token."""
     source = torch.zeros(2**28, device=device)  # 1 GiB
-    target, seconds = torch.empty_like(source), []
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        target[:1].item()  # waits for it
-        seconds.append(time.perf_counter() - start)
-    return round(2 * source.nbytes / min(seconds) / 1e9, 1)
+    target = torch.empty_like(source)
+    ends = ends_of(lambda: target.copy_(source), 6, device)
+    return round(2 * source.nbytes / min(b - a for a, b in zip(ends, ends[1:])) / 1e9, 1)
 
 
 def main(argv=None):

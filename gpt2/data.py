@@ -30,10 +30,8 @@ def read_template(path):
         raise ValueError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
     names, others = set(PLACEHOLDER.findall(template)), {"demonstration", "article"}
     if "prompt" not in names or not names & others or names - others - {"prompt"}:
-        raise ValueError(
-            f"{path}: a template needs {{prompt}}, and {{demonstration}} or {{article}} or both, "
-            "and no other placeholder"
-        )
+        needs = "{prompt}, and {demonstration} or {article} or both, and no other placeholder"
+        raise ValueError(f"{path}: a template needs {needs}")
     return template
 
 

@@ -117,31 +117,27 @@ class RolloutGPT(GPT):
         self.load_state_dict(weights, assign=True)
         self.requires_grad_(False)
         del weights  # A copy's matrices are then free as soon as they are packed.
-        if PackedLinear.can_hold(self.wte.weight):
-            self.pack()
-        if self.attends_in_float32():
+        weight = self.wte.weight
+        if PackedLinear.can_hold(weight):
+            for module in [*self.modules()]:
+                for name, child in [*module.named_children()]:
+                    if isinstance(child, nn.Linear):
+                        setattr(module, name, PackedLinear(child.weight, child.bias))
+            if not hasattr(self, "lora"):  # Beside adapters it would set the peak of an update.
+                self.packed_head = PackedLinear(weight)
+        # In bfloat16 a CPU's attention of one layer to 128 keys takes five times as long.
+        self.attends_in_float32 = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        if self.attends_in_float32:
             for block in self.h:
                 block.attn.c_attn.register_forward_hook(lambda layer, x, qkv: qkv.float())
                 block.attn.c_proj.register_forward_pre_hook(lambda layer, x: x[0].bfloat16())
-
-    def pack(self):
-        for module in [*self.modules()]:
-            for name, child in [*module.named_children()]:
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child.weight, child.bias))
-        if not hasattr(self, "lora"):  # Beside adapters it would set the peak of an update.
-            self.packed_head = PackedLinear(self.wte.weight)
-
-    def attends_in_float32(self):
-        """In bfloat16 a CPU's attention of one layer to 128 keys takes five times as long."""
-        return self.wte.weight.dtype == torch.bfloat16 and self.wte.weight.device.type == "cpu"
 
     def lm_head(self, hidden):
         return super().lm_head(hidden) if self.packed_head is None else self.packed_head(hidden)
 
     def kv_cache(self, batch_size, max_len):
         cache = super().kv_cache(batch_size, max_len)
-        if self.attends_in_float32():
+        if self.attends_in_float32:
             cache.kv = cache.kv.float()
         return cache
 
@@ -229,10 +225,8 @@ def chunked_sdft_loss(hidden, head, teacher_hidden, teacher_head, mask, divergen
     return loss, mask.float().masked_scatter(mask, divergences), grad_hidden, grad_head
 
 
-def distill_backward(
-    student, teacher, prompts, teacher_prompts, completions, mask, divergence, micro_batch=None
-):
-    """`sdft.distill_loss` and its backward pass: the loss (float) and the divergences (B, C).
+def distill_backward(student, teacher, prompts, teacher_prompts, y, mask, divergence, micro_batch):
+    """`sdft.distill_loss` of y (B, C) and its backward pass: loss (float), divergences (B, C).
 
     A pass takes `micro_batch` rows, all if that is None, and the gradients accumulate.
     """
@@ -241,8 +235,8 @@ def distill_backward(
     for start in range(0, B, micro_batch or B):
         rows = slice(start, start + (micro_batch or B))
         with torch.no_grad():  # First, while there are no activations of the student beside it.
-            teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], completions[rows])
-        hidden = completion_hidden(student, prompts[rows], completions[rows])  # (b, C, D)
+            teacher_hidden = completion_hidden(teacher, teacher_prompts[rows], y[rows])
+        hidden = completion_hidden(student, prompts[rows], y[rows])  # (b, C, D)
         loss, divergences, grad_hidden, grad_head = chunked_sdft_loss(
             hidden, head, teacher_hidden, teacher.wte.weight, mask[rows], divergence
         )
@@ -294,24 +288,21 @@ def train_step(
     micro_batch    rows per forward/backward pass; gradients accumulate, which takes less memory
     """
     with torch.autocast(student.wte.weight.device.type, enabled=False):
-        rollout_model = RolloutGPT(student, rollout_dtype)
-        completions, mask = rollout(
-            rollout_model, prompts, max_new_tokens, eos_id, temperature, generators
-        )
-        del rollout_model  # The memory of a copy is free for the activations.
+        model = RolloutGPT(student, rollout_dtype)
+        y, mask = rollout(model, prompts, max_new_tokens, eos_id, temperature, generators)
+        del model  # The memory of a copy is free for the activations.
     loss_mask = mask.clone()
     loss_mask[:, :skip_tokens] = False
-    contexts = prompts, teacher_prompts
     loss, divergences = distill_backward(
-        student, teacher, *contexts, completions, loss_mask, divergence, micro_batch
+        student, teacher, prompts, teacher_prompts, y, loss_mask, divergence, micro_batch
     )
     average_gradients(student)
     clip_and_step(student, optimizer, loss, grad_clip)
     # Without the frozen weights, which adapters of both roles share.
     moving = [nn.ParameterList(lora.trained(model).values()) for model in (teacher, student)]
     ema_update(*moving, alpha)
-    info = {"divergence": divergences, "completions": completions}
-    return loss, info | {"mask": mask, "loss_mask": loss_mask}
+    info = {"divergence": divergences, "completions": y, "mask": mask, "loss_mask": loss_mask}
+    return loss, info
 
 
 def scored(model, pairs, eos_id, size):

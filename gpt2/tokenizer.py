@@ -135,9 +135,6 @@ def of_encoding(encoding, folder=None):
     words |= {i: word.encode() for word, i in special.items()}
     # An id that is none, of a padded vocabulary, cannot be in a text either.
     join = lambda tokens: b"".join(words.get(token, b"\xff") for token in tokens)
-    return Tokenizer(
-        encode=lambda text: encoding.encode(text, allowed_special=allowed, disallowed_special=()),
-        decode_all=lambda tokens: join(tokens).decode("utf-8", "backslashreplace"),
-        n_vocab=encoding.n_vocab,
-        eos_id=eos_id,
-    )
+    encode = lambda text: encoding.encode(text, allowed_special=allowed, disallowed_special=())
+    decode = lambda tokens: join(tokens).decode("utf-8", "backslashreplace")
+    return Tokenizer(encode, decode, encoding.n_vocab, eos_id)
