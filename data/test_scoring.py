@@ -11,9 +11,6 @@ CONTAINS = [  # an answer, responses that contain it, responses that do not
     ("-5", "x=-5.|−5|－5, so", "5|1 - 5|1-5|A-5"),
     ("10001", "10,001|10'001|10\u00a0001|10001.", "10|1,0001|10.001"),
     ("5°", "5°.|5 °, so", "5°C|5"),
-    ("5%", "5 %.|(5%)", "5|$5|15%"),
-    ("$5.50", "$5.50.", "5.50|$5|€5.50"),
-    ("½", "½.", "1½|1/2"),
     ("five", "Five!", "twenty-five|fives|5"),
     ("ice cream", "An ice-cream.|ice, cream", "cream ice|ice|nice cream"),
     ("C++", "In C++.|C++17", "C|C#|C+"),
@@ -23,8 +20,6 @@ CONTAINS = [  # an answer, responses that contain it, responses that do not
     ("eau", "L’eau|l'eau", "beau"),
     ("Straße", "Die STRASSE", "Straßen"),  # German
     ("İstanbul", "istanbul'da|İSTANBUL", "Istanbullu"),  # Turkish
-    ("москва", "Москва — столица", "в Москве"),  # Russian
-    ("القاهرة", "هي القاهرة، نعم", "قاهرة"),  # Arabic
     ("दान", "यह दान है।", "दिन|दाना"),  # Hindi
     ("ดี", "คำตอบคือดีครับ", "ดุ"),  # Thai
     ("ด", "ด", "ดี"),

@@ -86,9 +86,7 @@ def text(run):
 
 
 def test_text_of_a_run_is_never_markup(run):
-    """Prompts, tokens, settings, warnings and a folder's name may hold HTML; nothing is loaded, and
-    no response of the student is lost or rounded.
-    """
+    """Nor is a folder's name. Nothing is loaded; no response of the student is lost or rounded."""
     text, prompts = written(run)
     assert text.count("<script") == 2 and "<img" not in text and "a<b>" not in text
     assert text.count(html.escape(EVIL)) >= 4 and not re.search("<!-- [a-z]+ -->", text)

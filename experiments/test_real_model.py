@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +13,13 @@ import torch
 
 import sdft
 from data import files
-from experiments import common, hf_loop, instructions, real_controls, real_model, runner
+from experiments import common, hf_loop, instructions, real_controls, real_model, runner, tables
 from experiments.real_model import Training
 from model import GPT
 
 LENGTH = "max_position_embeddings"
 TEXTS = ["Who built the lighthouse?", "A bridge.", "Where?"]
 HINTED = [text + " A hint." for text in TEXTS]
-RESULTS = Path(real_model.__file__).parent / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +74,7 @@ REVERSE = dict(divergence="reverse", alpha=0.1, temperature=0.7, skip_tokens=1)
 
 @pytest.mark.parametrize("given, meant", [({}, dict(divergence="forward")), (REVERSE, REVERSE)])
 def test_on_a_gpt2_it_is_sdft_py(given, meant, folders):
-    """A step has the same loss, and after it both roles say the same with the same logits, whatever
-    sampling the model's folder asks for. The default is the paper's forward KL.
-    """
+    """In loss, rollouts and logits, whatever sampling the model's folder asks for."""
     model, tokenizer = real_model.load(str(folders["gpt2"]))
     x, xc = chats(tokenizer, TEXTS), chats(tokenizer, HINTED)
     theirs = [copy.deepcopy(model) for _ in range(2)]
@@ -121,7 +117,6 @@ def test_a_chat_has_turns_and_arguments(tiny):
     ids = hf_loop.chat(tokenizer, "Where?", "There.", "Why?", system="Rhyme.", enable_thinking=True)
     turns = "<system>Rhyme.</s><user>Where?</s><assistant>There.</s><user>Why?</s><assistant>think"
     assert tokenizer.decode(ids) == turns
-    assert tokenizer.decode(hf_loop.chat(tokenizer, "?")) == "<user>?</s><assistant>"
 
 
 def steps(student, teacher, tokenizer, n=3, **settings):
@@ -229,7 +224,7 @@ def test_an_opening_is_counted_at_the_start_alone(tiny, monkeypatch):
 def test_the_settings_are_those_that_the_grid_chose():
     """Most prior questions among those with nine tenths of the facts, or else most facts."""
     best = {}
-    for row in json.loads((RESULTS / "real_grid.json").read_text(encoding="utf-8"))["rows"]:
+    for row in tables.load(real_model.HERE / "results")["real_grid"]["rows"]:
         [new], [prior] = row["metrics"]["new"], row["metrics"]["prior"]
         score = new >= 0.9, prior if new >= 0.9 else new
         if row["family"] not in best or score > best[row["family"]][0]:
@@ -307,8 +302,7 @@ def test_what_both_roles_read(tiny):
             for what in ("article", "demonstration"):
                 assert (fact[what] in teacher) == (what in reads or reads == "paper")
             assert row["demonstration"] == fact[reads if reads == "article" else "demonstration"]
-            answer = (fact["ood"] if text == texts[-1] else fact)["answer"]
-            assert row["expected"] == answer
+            assert row["expected"] == (fact["ood"] if text == texts[-1] else fact)["answer"]
 
 
 def learn(student, teacher, tokenizer, rows, training):
@@ -338,9 +332,7 @@ def test_a_step_of_sdft_gets_the_settings(tiny, monkeypatch):
 
 @pytest.mark.parametrize("method", ["own", "offline", "cpt"])
 def test_an_update_by_hand(method, tiny):
-    """A penalty and the method's loss, on a response of the teacher to question and article, or on
-    the article alone; embeddings that stay, and an average as the teacher.
-    """
+    """Loss and penalty, on a response of the teacher or on the article; then embeddings and EMA."""
     student, tokenizer = tiny
     teacher, rows = copy.deepcopy(student), first_facts(tokenizer, 1)["new"]
     article = [3 + byte for byte in rows[0]["demonstration"].encode()]  # ByT5's token ids

@@ -1,5 +1,7 @@
 """python -m gpt2.bench in miniature: that it measures what it names, not how long it takes."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -15,15 +17,11 @@ def test_peers_prints_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "COMPARED", [("TRL float32", [*bench.OURS][-1])])
     monkeypatch.setattr(bench, "in_a_process", lambda update, *arguments: update(*arguments))
     monkeypatch.setattr(bench, "rollout_seconds", lambda *_: [4.0, 0.5])
-    calls, step = [], fast.train_step
-
-    def counted(*inputs, **options):
-        calls.append((options["micro_batch"], options["rollout_dtype"]))
-        return step(*inputs, **options)
-
-    monkeypatch.setattr(fast, "train_step", counted)
+    step = mock.Mock(wraps=fast.train_step)
+    monkeypatch.setattr(fast, "train_step", step)
     bench.main(["--peers", "--init_from", str(tmp_path)])
     ours = [(None, torch.float32), (None, torch.bfloat16), (2, torch.float32)]
+    calls = [(c.kwargs["micro_batch"], c.kwargs["rollout_dtype"]) for c in step.call_args_list]
     assert calls == [settings for settings in ours for _ in range(4)]
     printed = capsys.readouterr().out.splitlines()
     assert "| rollout 8 × (64 + 64), bfloat16, tokens/s | 128 | 1,024 | 8.00 |" in printed

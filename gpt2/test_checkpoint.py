@@ -1,4 +1,4 @@
-"""What gpt2/checkpoint.py guarantees about GPT-2's weights, logs and checkpoints of a run."""
+"""What gpt2/checkpoint.py guarantees about GPT-2's weights and a run's checkpoints."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from gpt2.conftest import same, small_gpt
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
 def test_saved_weights_load_bit_for_bit(form, tmp_path, monkeypatch):
-    """The configuration is complete, and everybody may read all files."""
+    """The configuration is complete."""
     if form == "model.safetensors":
         pytest.importorskip("safetensors", reason="safetensors is not installed; it is optional")
     else:
@@ -23,7 +23,6 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path, monkeypatch):
     model = small_gpt()
     save_model(model, tmp_path, types.SimpleNamespace(eos_id=7, folder=None))
     assert {p.name for p in tmp_path.iterdir()} == {form, "config.json", "generation_config.json"}
-    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
     config = json.loads((tmp_path / "config.json").read_text())
     expected = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=320)
     expected |= dict(vocab_size=263, n_layer=2, n_head=2, n_embd=32, activation_function="gelu_new")
@@ -37,20 +36,6 @@ def test_saved_weights_load_bit_for_bit(form, tmp_path, monkeypatch):
         load_model(str(tmp_path))
 
 
-def test_a_log_goes_back_to_a_step(tmp_path):
-    """Later lines go, the final look's, and one that a kill cut off; U+2028 is no line break."""
-    path, text = tmp_path / "log.jsonl", "a\u2028b"
-    rows = [{"step": step, "text": text} for step in (0, 1, 2, 3)]
-    looks = [{"step": 2, "eval": {}}, {"step": 2, "tokens": []}, {"step": 1, "eval": {}}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in [*rows, *looks]]
-    path.write_text("\n".join([*lines, '{"step": 1, "te']), encoding="utf-8")
-    expected = [*rows[:3], looks[2]]
-    (tmp_path / ".log.jsonl.tmp").write_text("left by a kill")
-    assert checkpoint.rewind(path, 2, last=2) == expected
-    kept = path.read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line) for line in kept[:-1]] == expected and kept[-1] == ""
-
-
 def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
     """A bit changed, bytes lost, another version, a function: nothing in a pickle may be called."""
     state = dict.fromkeys(checkpoint.STATE) | {"student": torch.randn(9)}
@@ -60,7 +45,7 @@ def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path):
     good = newest.read_bytes()
     at = good.index(torch.load(newest)["student"].numpy().tobytes()) + 5
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-    for bad in (flipped, b"", good[:-9], {"step": 2}, state | {"student": os.system}):
+    for bad in (flipped, good[:-9], {"step": 2}, state | {"student": os.system}):
         newest.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, newest)
         with pytest.raises(ValueError, match=f"cannot read .*{newest.name} .* {older.name}"):
             load_run(tmp_path)

@@ -6,15 +6,17 @@ import pytest
 
 from gpt2 import bench, cuda, train
 
-NAMES = dict(device="cpu", init_from="FOLDER", out="OUT", gpus=2)
-
 
 @pytest.mark.parametrize("step", [k for k, (_, text) in cuda.STEPS.items() if "gpt2." in text])
 def test_programs_know_the_flags_of_their_steps(step):
-    words = cuda.STEPS[step][1].format(**NAMES).split()
+    """And can print their help."""
+    names = dict(device="cpu", init_from="FOLDER", out="OUT", gpus=2)
+    words = cuda.STEPS[step][1].format(**names).split()
     program = next(word for word in words if word.startswith("gpt2."))
     parse = {"gpt2.train": train.parse_args, "gpt2.bench": bench.parse_args}[program]
     assert parse(words[words.index(program) + 1 :])
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
 
 
 def test_a_failed_step_and_an_endless_one_are_recorded(tmp_path, monkeypatch):

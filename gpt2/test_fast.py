@@ -32,6 +32,14 @@ def streams(device):
     return fast.row_generators(0, 0, range(3), device)
 
 
+def watched(monkeypatch, module, name, note):
+    """The list to which every call of a function adds what `note` says of its first input."""
+    notes, call = [], getattr(module, name)
+    spy = lambda x, *more, **options: notes.append(note(x)) or call(x, *more, **options)
+    monkeypatch.setattr(module, name, spy)
+    return notes
+
+
 @pytest.fixture
 def textbook_draws(monkeypatch, device):
     """Makes sdft.rollout draw what `streams` give, by `inverse_cdf`, which has its own oracle."""
@@ -81,8 +89,7 @@ def test_rollout_in_bfloat16_decodes_what_the_student_computes():
 
 def test_memory_is_saved(monkeypatch):
     """GELU is computed again for the backward pass; the embedding's gradient has 3 rows, not 97."""
-    gelu, calls = F.gelu, []
-    monkeypatch.setattr(F, "gelu", lambda *x, **y: calls.append(1) or gelu(*x, **y))
+    calls = watched(monkeypatch, F, "gelu", len)
     student = fast.save_memory(tiny())
     student.hidden(TOKENS).sum().backward()
     gradient = student.wte.weight.grad
@@ -95,17 +102,12 @@ OPTIONS += [dict(divergence="jsd", temperature=0.7, grad_clip=0.01, alpha=0.0)]
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "forward", "jsd"])
-def test_train_step_equals_the_textbook_step(
-    micro_batch, options, device, textbook_draws, monkeypatch
-):
+def test_train_step_equals_the_textbook(micro_batch, options, device, textbook_draws, monkeypatch):
     """The rollout, loss, divergences, student and teacher, with at most 4 tokens' logits."""
-    inputs, sizes, passes = (PROMPTS, TEACHER_PROMPTS, 9, EOS), [], []
-    loss_of, divergence_of = fast.chunked_sdft_loss, fast.token_divergence
-    counted = lambda p, *rest: sizes.append(len(p)) or divergence_of(p, *rest)
-    monkeypatch.setattr(fast, "token_divergence", counted)
-    counted = lambda hidden, *rest: passes.append(len(hidden)) or loss_of(hidden, *rest)
-    monkeypatch.setattr(fast, "chunked_sdft_loss", counted)
+    passes = watched(monkeypatch, fast, "chunked_sdft_loss", len)
+    sizes = watched(monkeypatch, fast, "token_divergence", len)
     monkeypatch.setattr(fast, "CHUNK", 4)
+    inputs = PROMPTS, TEACHER_PROMPTS, 9, EOS
     student, teacher, optimizer = roles(device)
     loss, info = sdft.train_step(student, teacher, optimizer, *inputs, **options)
     expected = loss, info, student.state_dict(), teacher.state_dict()
@@ -130,9 +132,7 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, dev
 
     A pass has fewer rows where a long prompt and a long demonstration do not fit together.
     """
-    seen = []
-    counted = lambda logits, *rest: seen.append(len(logits)) or sdft.sft_loss(logits, *rest)
-    monkeypatch.setattr(fast, "sft_loss", counted)
+    passes = watched(monkeypatch, fast, "sft_loss", len)
     demonstrations = [[40, EOS], [41, 42, 43, 44, EOS], [45, 46, EOS]]
     textbook, _, optimizer = roles(device)
     tokens = [ids + [EOS] * (5 - len(ids)) for ids in demonstrations]
@@ -146,7 +146,7 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, dev
     inputs = PROMPTS, demonstrations, EOS, 0.3, micro_batch
     total, info = fast.sft_step(student, optimizer, *inputs)
     same(info, {"completions": tokens, "mask": mask})
-    assert total == pytest.approx(loss.item()) and seen == sizes
+    assert total == pytest.approx(loss.item()) and passes == sizes
     same(student.state_dict(), textbook.state_dict(), rtol=1e-5, atol=1e-6)
 
 
@@ -155,21 +155,11 @@ def test_sft_step_equals_the_textbook_update(micro_batch, block_size, sizes, dev
 def test_each_phase_runs_in_its_dtype(dtype, rollout_dtype, device, monkeypatch):
     """Autocast is of the scoring only. Every weight moves, and stays in float32."""
     student, teacher, optimizer = roles(device)
-    seen, rollout, divergence = set(), fast.rollout, fast.token_divergence
-
-    def watched_rollout(model, *inputs):
-        seen.add(("rollout", model(TOKENS.to(device)).dtype))
-        return rollout(model, *inputs)
-
-    def watched_divergence(logits, *inputs):
-        seen.add(("scoring", logits.dtype))
-        return divergence(logits, *inputs)
-
-    monkeypatch.setattr(fast, "rollout", watched_rollout)
-    monkeypatch.setattr(fast, "token_divergence", watched_divergence)
+    sampled = watched(monkeypatch, fast, "rollout", lambda model: model(TOKENS.to(device)).dtype)
+    scored = watched(monkeypatch, fast, "token_divergence", lambda logits: logits.dtype)
     options = dict(rollout_dtype=rollout_dtype, generators=streams(device))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         fast.train_step(student, teacher, optimizer, PROMPTS, TEACHER_PROMPTS, 9, EOS, **options)
-    assert seen == {("rollout", rollout_dtype), ("scoring", dtype)}
+    assert {*sampled} == {rollout_dtype} and {*scored} == {dtype}
     for after, before in zip(student.parameters(), tiny(0).parameters(), strict=True):
         assert after.dtype == torch.float32 and not after.cpu().equal(before)

@@ -35,11 +35,7 @@ def test_merged_weights_equal_the_adapters(dtype, device):
     model = adapted(base, noise=0.1)
     expected, close = model(tokens), dict(rtol=1e-4, atol=1e-4)
     assert (expected - base(tokens)).abs().max() > 0.1
-    if dtype is None:
-        plain = lora.merge(model)
-        assert plain.state_dict().keys() == base.state_dict().keys()
-    else:
-        plain = fast.RolloutGPT(model, dtype)
+    plain = lora.merge(model) if dtype is None else fast.RolloutGPT(model, dtype)
     if dtype == torch.bfloat16:
         close = dict(rtol=0.05, atol=0.05 * expected.std().item())
     same(plain(tokens).float(), expected, **close)

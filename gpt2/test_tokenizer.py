@@ -54,8 +54,7 @@ ADDED = {"262": {"content": END}, "265": {"content": "<s>"}}
 ENDS = [  # files in the folder beside the vocabulary; the end token of three that are possible
     ({}, EOS),
     ({CONFIG: {"eos_token_id": 264}}, 264),
-    ({CONFIG: {"eos_token_id": 7}}, EOS),  # in a larger vocabulary it is another word
-    ({CONFIG: {"eos_token_id": 50256}, SETTINGS: {"eos_token": USER}}, 263),  # 50256 is no token
+    ({CONFIG: {"eos_token_id": 7}, SETTINGS: {"eos_token": USER}}, 263),  # 7 is another word here
     ({CONFIG: {"eos_token_id": EOS}, "generation_config.json": {"eos_token_id": [263]}}, 263),
     ({SPECIAL: {"eos_token": {"content": USER}}}, 263),
     ({SETTINGS: {"eos_token": "<s>", "added_tokens_decoder": ADDED}}, 265),
@@ -69,11 +68,10 @@ def test_the_end_token_is_the_bases_own(written, expected, tmp_path):
     assert load_tokenizer(tmp_path, 320).eos_id == expected
 
 
-NONE, MANY = {"vocab.json": None, "merges.txt": None}, {"eos_token_id": [262, 0, 263]}
+MANY = {"eos_token_id": [262, 0, 263]}
 WRONG = [  # what is written over the files of a vocabulary; tokens of the model; words of the error
     ({}, 262, "it has 263 tokens, the model 262"),
-    ({"vocab.json": None}, 263, "none for 263 tokens); put its tokenizer.json"),
-    (NONE | {"spiece.model": ""}, 50257, "there is none for 50257"),
+    ({"vocab.json": None}, 50257, "none for 50257 tokens); put its tokenizer.json"),
     ({SETTINGS: {"add_prefix_space": True}}, 263, "needs a tokenizer.json"),
     ({"vocab.json": '{"a": '}, 263, "JSONDecodeError"),
     ({"merges.txt": "Ġ th\nt h"}, 263, "not in the order of merges.txt"),
