@@ -23,7 +23,7 @@ def identify(x):
 
 
 def test_every_task_is_done_once_in_another_process_that_is_set_up():
-    """With one job in this process: so are the experiments of test_experiments.py."""
+    """One job stays in this process, as in test_experiments.py, which notices if it did not."""
     results = [*processes.in_processes([(identify, x) for x in range(4)], 2, prepare)]
     assert sorted(x for x, *_ in results) == [0, 1, 2, 3]
     for _, pid, prepared in results:
